@@ -1,0 +1,1 @@
+"""Frozen facts of x86-64: registers, calling convention, instructions, page tables."""
