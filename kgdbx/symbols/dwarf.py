@@ -1,0 +1,813 @@
+"""DWARF entries of an ELF file, and where a function was inlined.
+
+drgn reads types and finds lines; it does not say where the compiler put the bodies of inlined
+functions. A kernel has 170 MB of entries, so nothing here reads them all: a name's offset in
+``.debug_str`` is searched in the bytes of ``.debug_info``, and only units with a hit are parsed.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import mmap
+import posixpath
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from elftools.common.exceptions import ELFError
+from elftools.dwarf.enums import (
+    ENUM_DW_AT,
+    ENUM_DW_FORM,
+    ENUM_DW_LNCT,
+    ENUM_DW_RLE,
+    ENUM_DW_TAG,
+)
+from elftools.elf.elffile import ELFFile
+
+from kgdbx.errors import SymbolError
+
+__all__ = (
+    "ATTRIBUTE",
+    "TAG",
+    "DebugFile",
+    "Entry",
+    "InlineSite",
+    "InlineSites",
+    "LineHeader",
+    "Unit",
+    "inlined_instances",
+    "read_sleb",
+    "read_uleb",
+)
+
+ATTRIBUTE: dict[str, int] = ENUM_DW_AT
+TAG: dict[str, int] = ENUM_DW_TAG
+_FORM: dict[str, int] = {name.removeprefix("DW_FORM_"): n for name, n in ENUM_DW_FORM.items()}
+
+_NAME, _SIBLING = ATTRIBUTE["DW_AT_name"], ATTRIBUTE["DW_AT_sibling"]
+_LOW_PC, _HIGH_PC = ATTRIBUTE["DW_AT_low_pc"], ATTRIBUTE["DW_AT_high_pc"]
+_RANGES, _ENTRY_PC = ATTRIBUTE["DW_AT_ranges"], ATTRIBUTE["DW_AT_entry_pc"]
+_ABSTRACT_ORIGIN = ATTRIBUTE["DW_AT_abstract_origin"]
+_CALL_FILE, _CALL_LINE = ATTRIBUTE["DW_AT_call_file"], ATTRIBUTE["DW_AT_call_line"]
+_STMT_LIST = ATTRIBUTE["DW_AT_stmt_list"]
+_INLINED, _SUBPROGRAM = TAG["DW_TAG_inlined_subroutine"], TAG["DW_TAG_subprogram"]
+
+_SIZES = {
+    _FORM[name]: size
+    for size, names in {
+        0: "flag_present implicit_const",
+        1: "data1 flag ref1",
+        2: "data2 ref2",
+        4: "data4 ref4 strp sec_offset ref_addr line_strp ref_sup4 strp_sup GNU_ref_alt"
+        " GNU_strp_alt",
+        8: "addr data8 ref8 ref_sig8 ref_sup8",
+        16: "data16",
+    }.items()
+    for name in names.split()
+}
+_LOCAL_REFERENCES = {_FORM[f"ref{kind}"] for kind in ("1", "2", "4", "8", "_udata")}
+_ADDR, _STRING, _STRP, _LINE_STRP = (_FORM[n] for n in ("addr", "string", "strp", "line_strp"))
+_SDATA, _IMPLICIT_CONST, _INDIRECT = (_FORM[n] for n in ("sdata", "implicit_const", "indirect"))
+_ULEBS = {_FORM["udata"], _FORM["ref_udata"]}
+_BLOCKS = {_FORM["block1"]: 1, _FORM["block2"]: 2, _FORM["block4"]: 4}
+_ULEB_BLOCKS = {_FORM["block"], _FORM["exprloc"]}
+
+# gcc puts a name into .debug_info itself when that is not longer than an offset into .debug_str
+_LONGEST_INLINE_NAME = 3
+
+# In a .ko every section starts at 0. Here section n starts at n << 40, so that addresses tell
+# their section.
+_SECTION_SHIFT = 40
+_SHF_ALLOC, _SHF_COMPRESSED = 0x2, 0x800
+_R_X86_64_64, _R_X86_64_32 = 1, 10
+_RELA = np.dtype([("offset", "<u8"), ("type", "<u4"), ("symbol", "<u4"), ("addend", "<i8")])
+_SYM = np.dtype(
+    [
+        ("name", "<u4"),
+        ("info", "u1"),
+        ("other", "u1"),
+        ("shndx", "<u2"),
+        ("value", "<u8"),
+        ("size", "<u8"),
+    ]
+)
+_SECTIONS = (
+    ".debug_abbrev",
+    ".debug_aranges",
+    ".debug_info",
+    ".debug_line",
+    ".debug_line_str",
+    ".debug_ranges",
+    ".debug_rnglists",
+    ".debug_str",
+)
+
+
+class _Abbreviation(NamedTuple):
+    tag: int
+    has_children: bool
+    attributes: tuple[tuple[int, int, int], ...]  # name, form, implicit constant
+    size: int  # of the attributes in bytes; -1 if it varies
+    sibling: int  # offset of a 4-byte DW_AT_sibling; -1 if there is none or it varies
+    name: int  # offset of DW_AT_name; -1 likewise
+    name_form: int
+
+
+class Entry(NamedTuple):
+    """A debugging information entry.
+
+    :ivar tag: one of :data:`TAG`
+    :ivar name: its ``DW_AT_name``
+    :ivar numbers: constants, addresses and offsets by attribute; references count from the start
+        of ``.debug_info``
+    :ivar forms: how each attribute is stored
+    """
+
+    tag: int
+    name: str
+    numbers: dict[int, int]
+    forms: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LineHeader:
+    """The head of a unit's line number program.
+
+    :ivar files: by the number that ``DW_AT_decl_file`` and the program use
+    :ivar program: the program's bytes
+    """
+
+    version: int
+    minimum_instruction_length: int
+    default_is_stmt: bool
+    line_base: int
+    line_range: int
+    operand_counts: tuple[int, ...]
+    files: tuple[str, ...]
+    program: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class InlineSite:
+    """One place where a function's body was put into another function.
+
+    :ivar address: its first instruction: link-time address; in a ``.ko`` the offset in *section*
+    :ivar function: the function with a symbol of its own that holds it
+    :ivar file: source file of the call; empty if not known
+    :ivar line: 1-based line of the call; 0 if not known
+    :ivar section: name of the section in a ``.ko``, else empty
+    """
+
+    address: int
+    function: str
+    file: str
+    line: int
+    section: str
+
+
+@dataclasses.dataclass(frozen=True)
+class InlineSites:
+    """Where a function was inlined.
+
+    :ivar sites: by section and address
+    :ivar truncated: whether the search was ended by its deadline, so that there may be more
+    """
+
+    name: str
+    sites: tuple[InlineSite, ...]
+    truncated: bool
+
+
+def inlined_instances(path: Path, name: str, timeout_s: float | None = None) -> InlineSites:
+    """Every place where a function was inlined and left code.
+
+    :param path: vmlinux, or a module's ``.ko`` with debug information
+    :param timeout_s: stop searching after this many seconds; a header's function is in more than
+        a thousand source files
+    :raises SymbolError: if the file has no function of this name, or no debug information
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    debug = DebugFile(path)
+    origins: set[int] = set()
+    found: dict[int, InlineSite] = {}
+    truncated = False
+    for unit, hits in debug.units_at(debug.name_offsets(name)):
+        if truncated := deadline is not None and time.monotonic() > deadline:
+            break
+        named = unit.functions_named(name, hits)
+        references = itertools.chain.from_iterable(
+            _find_all(unit.data, struct.pack("<I", origin - unit.start)) for origin in named
+        )
+        origins.update(named)
+        found.update(_sites(unit, origins, sorted(references)))
+    if not origins and not truncated:
+        raise SymbolError(f"{path.name} has no function {name!r}", symbol=name)
+    # Only link-time optimization makes references from one unit to another.
+    if not truncated and debug.may_refer_across_units():
+        for unit, hits in debug.units_at(debug.find_words(origins)):
+            if truncated := deadline is not None and time.monotonic() > deadline:
+                break
+            found.update(_sites(unit, origins, hits))
+    sites = sorted(found.values(), key=lambda site: (site.section, site.address))
+    return InlineSites(name, tuple(sites), truncated)
+
+
+def _sites(unit: "Unit", origins: set[int], references: list[int]) -> dict[int, InlineSite]:
+    """Inlined instances of *origins* by offset; *references* are the places that may name one."""
+    sites: dict[int, InlineSite] = {}
+    if not references:
+        return sites
+
+    def has_reference(start: int, end: int) -> bool:
+        at = bisect.bisect_left(references, start)
+        return at < len(references) and references[at] < end
+
+    for position, tag, parents in unit.walk(has_reference):
+        if position > references[-1]:
+            break
+        if tag != _INLINED:
+            continue
+        entry = unit.entry(position)
+        address = unit.entry_address(entry)
+        if entry.numbers.get(_ABSTRACT_ORIGIN) not in origins or address is None:
+            continue
+        around = map(unit.entry, reversed(parents))
+        function = next((e for e in around if e.tag == _SUBPROGRAM), unit.root)
+        section, offset = unit.debug.split_address(address)
+        sites[unit.start + position] = InlineSite(
+            offset,
+            unit.function_name(function),
+            unit.file(entry.numbers.get(_CALL_FILE)),
+            entry.numbers.get(_CALL_LINE, 0),
+            section,
+        )
+    return sites
+
+
+class DebugFile:
+    """The DWARF sections of one file, mapped; relocated if it is a ``.ko``.
+
+    :param path: vmlinux, or a module's ``.ko`` with debug information
+    :raises SymbolError: if it has none, or of a kind that is not supported
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._load(ELFFile(file), mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        except OSError as e:
+            raise SymbolError(f"cannot read {path}: {e.strerror}", symbol=str(path)) from e
+        except (ELFError, ValueError) as e:
+            raise SymbolError(f"{path} is not an ELF file ({e})", symbol=str(path)) from e
+        self._starts = list(self._unit_starts())
+
+    def _load(self, elf: ELFFile, image: mmap.mmap) -> None:
+        if elf["e_machine"] != "EM_X86_64":
+            raise SymbolError(f"{self.path} is not for x86-64", symbol=str(self.path))
+        if elf.get_section_by_name(".debug_info") is None:
+            raise SymbolError(
+                f"{self.path} has no debug information; install the kernel's -dbg package",
+                symbol=str(self.path),
+            )
+        if elf.get_section_by_name(".debug_str_offsets") is not None:
+            raise SymbolError(
+                f"{self.path} has indexed or split DWARF 5 (clang's), which is not supported; "
+                "build with CONFIG_DEBUG_INFO_DWARF4",
+                symbol=str(self.path),
+            )
+        self._relocatable = elf["e_type"] == "ET_REL"
+        self._section_names = tuple(section.name for section in elf.iter_sections())
+        symbols = self._section_values(elf) if self._relocatable else None
+        self._sections: dict[str, memoryview] = {}
+        for name in _SECTIONS:
+            section = elf.get_section_by_name(name)
+            if section is None:
+                data = memoryview(b"")
+            elif section["sh_flags"] & _SHF_COMPRESSED:
+                data = memoryview(section.data())
+            else:
+                data = memoryview(image)[section["sh_offset"] :][: section["sh_size"]]
+            # vmlinux may have .rela sections too (--emit-relocs), which are already applied
+            rela = elf.get_section_by_name(f".rela{name}")
+            if symbols is not None and rela is not None:
+                data = _relocate(data, np.frombuffer(rela.data(), dtype=_RELA), symbols)
+            self._sections[name] = data
+        self.info = self._sections[".debug_info"]
+
+    def _section_values(self, elf: ELFFile) -> npt.NDArray[np.uint64]:
+        """Values of the symbols, where section n starts at n << 40."""
+        symtab = elf.get_section_by_name(".symtab")
+        table = np.frombuffer(symtab.data() if symtab else b"", dtype=_SYM)
+        bases = np.zeros(1 << 16, dtype=np.uint64)
+        for index, section in enumerate(elf.iter_sections()):
+            if section["sh_flags"] & _SHF_ALLOC:
+                bases[index] = index << _SECTION_SHIFT
+        values: npt.NDArray[np.uint64] = table["value"] + bases[table["shndx"]]
+        return values
+
+    def _unit_starts(self) -> Iterator[int]:
+        start = 0
+        while start < len(self.info):
+            yield start
+            (length,) = struct.unpack_from("<I", self.info, start)
+            if length >= 0xFFFFFFF0:
+                raise SymbolError(
+                    f"{self.path} has 64-bit DWARF, which is not supported", symbol=str(self.path)
+                )
+            start += 4 + length
+
+    def split_address(self, address: int) -> tuple[str, int]:
+        """Section name and offset of an address in a ``.ko``; no name and itself elsewhere."""
+        if not self._relocatable:
+            return "", address
+        section = self._section_names[address >> _SECTION_SHIFT]
+        return section, address & (1 << _SECTION_SHIFT) - 1
+
+    def join_address(self, section: str, offset: int) -> int:
+        """The reverse of :meth:`split_address`.
+
+        :raises SymbolError: if the file is a ``.ko`` without such a section
+        """
+        if not self._relocatable:
+            return offset
+        if not section or section not in self._section_names:
+            raise SymbolError(
+                f"{self.path.name} has no section {section!r}; an address in a .ko needs one",
+                symbol=section,
+            )
+        return (self._section_names.index(section) << _SECTION_SHIFT) + offset
+
+    def unit(self, start: int) -> "Unit":
+        """The unit that starts at an offset in ``.debug_info``."""
+        (length,) = struct.unpack_from("<I", self.info, start)
+        return Unit(self, start, bytes(self.info[start : start + 4 + length]))
+
+    def units_at(self, offsets: Iterable[int]) -> Iterator[tuple["Unit", list[int]]]:
+        """Units that hold any of the offsets in ``.debug_info``, with their offsets in the unit."""
+
+        def start(offset: int) -> int:
+            return self._starts[bisect.bisect_right(self._starts, offset) - 1]
+
+        for begin, group in itertools.groupby(sorted(offsets), key=start):
+            yield self.unit(begin), [offset - begin for offset in group]
+
+    def unit_containing(self, address: int) -> "Unit | None":
+        """The unit whose code holds an address."""
+        for start, low, high in self._address_ranges:
+            if low <= address < high:
+                return self.unit(start)
+        # not every compiler writes .debug_aranges
+        for unit in map(self.unit, self._starts):
+            if any(low <= address < high for low, high in unit.ranges(unit.root)):
+                return unit
+        return None
+
+    @functools.cached_property
+    def _address_ranges(self) -> list[tuple[int, int, int]]:
+        data = self._sections[".debug_aranges"]
+        found, start = [], 0
+        while start < len(data):
+            length, _, unit = struct.unpack_from("<IHI", data, start)
+            pairs = data[start + 16 : start + 4 + length]
+            pairs = pairs[: len(pairs) // 16 * 16]
+            found += [(unit, low, low + size) for low, size in struct.iter_unpack("<QQ", pairs)]
+            start += 4 + length
+        return found
+
+    def name_offsets(self, name: str) -> list[int]:
+        """Offsets in ``.debug_info`` where a name may stand, some of them by chance."""
+        text = name.encode() + b"\0"
+        # The linker lets a string share the end of a longer one: do_open is also in x86_do_open.
+        offsets = self.find_words(_find_all(bytes(self._sections[".debug_str"]), text))
+        if len(name) <= _LONGEST_INLINE_NAME:
+            offsets += _find_all(bytes(self.info), text)
+        return offsets
+
+    def find_words(self, words: Iterable[int]) -> list[int]:
+        """Offsets in ``.debug_info`` of any of the 32-bit numbers, at any alignment."""
+        wanted = list(words)
+        if not wanted:
+            return []
+        known = np.zeros(max(wanted) + 2, dtype=np.bool_)
+        known[wanted] = True
+        found: list[int] = []
+        for shift in range(4):
+            numbers = np.frombuffer(
+                self.info, dtype="<u4", offset=shift, count=(len(self.info) - shift) // 4
+            )
+            step = 1 << 20  # what the CPU's cache holds
+            for first in range(0, len(numbers), step):
+                chunk = np.minimum(numbers[first : first + step], len(known) - 1)
+                found += ((np.flatnonzero(known[chunk]) + first) * 4 + shift).tolist()
+        return found
+
+    def may_refer_across_units(self) -> bool:
+        """Whether some DW_AT_abstract_origin may be a DW_FORM_ref_addr."""
+        pair = bytes((_ABSTRACT_ORIGIN, _FORM["ref_addr"]))
+        return pair in bytes(self._sections[".debug_abbrev"])
+
+    def string(self, section: str, offset: int) -> str:
+        """The NUL-terminated string at an offset in a section."""
+        return _string(self._sections[section], offset)[0]
+
+    def abbreviations(self, offset: int) -> dict[int, _Abbreviation]:
+        data = self._sections[".debug_abbrev"]
+        table = {}
+        while data[offset]:
+            code, offset = read_uleb(data, offset)
+            tag, offset = read_uleb(data, offset)
+            has_children = bool(data[offset])
+            offset += 1
+            attributes = []
+            while True:
+                name, offset = read_uleb(data, offset)
+                form, offset = read_uleb(data, offset)
+                constant = 0
+                if form == _IMPLICIT_CONST:
+                    constant, offset = read_sleb(data, offset)
+                if not form:
+                    break
+                attributes.append((name, form, constant))
+            table[code] = _abbreviation(tag, has_children, attributes)
+        return table
+
+    def ranges(self, version: int, offset: int, base: int) -> Iterator[tuple[int, int]]:
+        """The address ranges at an offset in the version's range section."""
+        if version >= 5:
+            yield from self._rnglist(offset, base)
+            return
+        for low, high in struct.iter_unpack("<QQ", self._sections[".debug_ranges"][offset:]):
+            if not low and not high:
+                return
+            if low == (1 << 64) - 1:
+                base = high
+            else:
+                yield base + low, base + high
+
+    def _rnglist(self, offset: int, base: int) -> Iterator[tuple[int, int]]:
+        data = self._sections[".debug_rnglists"]
+        while kind := data[offset]:
+            offset += 1
+            if kind == ENUM_DW_RLE["DW_RLE_base_address"]:
+                (base,) = struct.unpack_from("<Q", data, offset)
+                offset += 8
+            elif kind == ENUM_DW_RLE["DW_RLE_offset_pair"]:
+                low, offset = read_uleb(data, offset)
+                high, offset = read_uleb(data, offset)
+                yield base + low, base + high
+            elif kind == ENUM_DW_RLE["DW_RLE_start_end"]:
+                yield struct.unpack_from("<QQ", data, offset)
+                offset += 16
+            elif kind == ENUM_DW_RLE["DW_RLE_start_length"]:
+                (low,) = struct.unpack_from("<Q", data, offset)
+                size, offset = read_uleb(data, offset + 8)
+                yield low, low + size
+            else:
+                raise SymbolError(f"{self.path.name} has an unknown range list entry {kind}")
+
+    def line_header(self, offset: int) -> LineHeader:
+        """The head of the line number program at an offset in ``.debug_line``."""
+        return _line_header(self, self._sections[".debug_line"], offset)
+
+
+class Unit:
+    """One compilation unit. Positions count from its start.
+
+    :ivar start: its offset in ``.debug_info``
+    :ivar data: its bytes
+    """
+
+    def __init__(self, debug: DebugFile, start: int, data: bytes) -> None:
+        self.debug = debug
+        self.start = start
+        self.data = data
+        (self.version,) = struct.unpack_from("<H", data, 4)
+        if not 3 <= self.version <= 5:
+            raise SymbolError(f"{debug.path.name} has DWARF {self.version}, which is not supported")
+        if self.version >= 5:
+            kind, _, abbreviations = struct.unpack_from("<BBI", data, 6)
+            # the header of type units and of skeletons goes on
+            self._first = 12 + {2: 12, 4: 8, 5: 8, 6: 12}.get(kind, 0)
+        else:
+            (abbreviations,) = struct.unpack_from("<I", data, 6)
+            self._first = 11
+        self._abbreviations = debug.abbreviations(abbreviations)
+
+    @functools.cached_property
+    def root(self) -> Entry:
+        """The entry of the unit itself."""
+        return self.entry(self._first)
+
+    @functools.cached_property
+    def line_header(self) -> LineHeader | None:
+        """The head of its line number program, if it has one."""
+        offset = self.root.numbers.get(_STMT_LIST)
+        return None if offset is None else self.debug.line_header(offset)
+
+    def file(self, number: int | None) -> str:
+        """The file of this number; empty if there is none."""
+        header = self.line_header
+        if number is None or header is None or number >= len(header.files):
+            return ""
+        return header.files[number]
+
+    def walk(self, enter: Callable[[int, int], bool]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Position, tag and ancestors' positions of entries, in file order.
+
+        :param enter: whether the entries between two positions are wanted; not asked where the
+            file gives no way around them
+        """
+        data, table = self.data, self._abbreviations
+        at = self._first
+        parents: tuple[int, ...] = ()
+        while at < len(data):
+            position = at
+            code = data[at]
+            at += 1
+            if code & 0x80:
+                code, at = read_uleb(data, position)
+            if not code:
+                parents = parents[:-1]
+                continue
+            abbreviation = table[code]
+            yield position, abbreviation.tag, parents
+            sibling = 0
+            if abbreviation.sibling >= 0:
+                (sibling,) = struct.unpack_from("<I", data, at + abbreviation.sibling)
+            if abbreviation.size >= 0:
+                at += abbreviation.size
+            else:
+                for name, form, _ in abbreviation.attributes:
+                    value, at = self._value(form, at)
+                    if name == _SIBLING and isinstance(value, int):
+                        sibling = value - self.start
+            if abbreviation.has_children:
+                if sibling and not enter(position, sibling):
+                    at = sibling
+                else:
+                    parents = (*parents, position)
+
+    def functions(self) -> Iterator[Entry]:
+        """The functions that the unit names, defines or inlines."""
+        for position, tag, parents in self.walk(lambda start, end: start == self._first):
+            if tag == _SUBPROGRAM and len(parents) == 1:
+                yield self.entry(position)
+
+    def functions_named(self, name: str, hits: list[int]) -> set[int]:
+        """Offsets in ``.debug_info`` of functions whose ``DW_AT_name`` is at one of *hits*.
+
+        A position inside of another entry may be among them, by chance.
+        """
+        names = [
+            (_write_uleb(code), abbreviation.name, abbreviation.name_form)
+            for code, abbreviation in self._abbreviations.items()
+            if abbreviation.tag == _SUBPROGRAM and abbreviation.name >= 0
+        ]
+        return {
+            self.start + hit - offset - len(code)
+            for hit in hits
+            for code, offset, form in names
+            if self.data.startswith(code, max(0, hit - offset - len(code)))
+            and (form == _STRP or self.data.startswith(name.encode() + b"\0", hit))
+        }
+
+    def entry(self, position: int) -> Entry:
+        """The entry at a position."""
+        code, at = read_uleb(self.data, position)
+        abbreviation = self._abbreviations[code]
+        name, numbers, forms = "", {}, {}
+        for attribute, form, constant in abbreviation.attributes:
+            value, at = self._value(form, at)
+            if isinstance(value, int):
+                numbers[attribute] = constant if form == _IMPLICIT_CONST else value
+                forms[attribute] = form
+            elif attribute == _NAME:
+                name = value
+        return Entry(abbreviation.tag, name, numbers, forms)
+
+    def origin(self, entry: Entry) -> Entry:
+        """The entry that carries the name and declaration of a function: itself or its origin."""
+        while (reference := entry.numbers.get(_ABSTRACT_ORIGIN)) is not None:
+            if self.start <= reference < self.start + len(self.data):
+                entry = self.entry(reference - self.start)
+            else:
+                ((unit, (position,)),) = self.debug.units_at([reference])
+                return unit.origin(unit.entry(position))
+        return entry
+
+    def function_name(self, entry: Entry) -> str:
+        """The name of a function."""
+        return self.origin(entry).name
+
+    def ranges(self, entry: Entry) -> list[tuple[int, int]]:
+        """First and end address of the parts of an entry's code; empty if it has none."""
+        offset, low = entry.numbers.get(_RANGES), entry.numbers.get(_LOW_PC)
+        if offset is not None:
+            base = self.root.numbers.get(_LOW_PC, 0)
+            return list(self.debug.ranges(self.version, offset, base))
+        if low is None:
+            return []
+        high = entry.numbers.get(_HIGH_PC, 0)
+        return [(low, high if entry.forms.get(_HIGH_PC) == _ADDR else low + high)]
+
+    def entry_address(self, entry: Entry) -> int | None:
+        """Where an entry's code is entered; None if it has no code."""
+        address = entry.numbers.get(_ENTRY_PC)
+        if address is not None and entry.forms[_ENTRY_PC] == _ADDR:
+            return address
+        ranges = self.ranges(entry)
+        return ranges[0][0] + (address or 0) if ranges else None
+
+    def _value(self, form: int, at: int) -> tuple[int | str, int]:
+        """The value of a form, and where it ends; blocks are 0."""
+        data = self.data
+        size = _SIZES.get(form)
+        if size is not None:
+            # an attribute of no size is a flag
+            value = int.from_bytes(data[at : at + size], "little") if size else 1
+            if form == _STRP:
+                return self.debug.string(".debug_str", value), at + size
+            if form == _LINE_STRP:
+                return self.debug.string(".debug_line_str", value), at + size
+            return value + (self.start if form in _LOCAL_REFERENCES else 0), at + size
+        if form == _STRING:
+            return _string(data, at)
+        if form in _ULEBS:
+            value, at = read_uleb(data, at)
+            return value + (self.start if form in _LOCAL_REFERENCES else 0), at
+        if form == _SDATA:
+            return read_sleb(data, at)
+        if form in _BLOCKS:
+            size = _BLOCKS[form]
+            return 0, at + size + int.from_bytes(data[at : at + size], "little")
+        if form in _ULEB_BLOCKS:
+            size, at = read_uleb(data, at)
+            return 0, at + size
+        if form == _INDIRECT:
+            form, at = read_uleb(data, at)
+            return self._value(form, at)
+        raise SymbolError(
+            f"{self.debug.path.name} has DWARF form {form:#x}, which is not supported"
+        )
+
+
+def _abbreviation(
+    tag: int, has_children: bool, attributes: list[tuple[int, int, int]]
+) -> _Abbreviation:
+    size, sibling, name, name_form = 0, -1, -1, 0
+    for attribute, form, _ in attributes:
+        if attribute == _SIBLING and form == _FORM["ref4"]:
+            sibling = size
+        if attribute == _NAME:
+            name, name_form = size, form
+        if form not in _SIZES:
+            size = -1
+            break
+        size += _SIZES[form]
+    return _Abbreviation(tag, has_children, tuple(attributes), size, sibling, name, name_form)
+
+
+def _relocate(
+    data: memoryview, relocations: npt.NDArray[np.void], symbols: npt.NDArray[np.uint64]
+) -> memoryview:
+    """A copy with the relocations of a .ko's debug section applied."""
+    image = np.frombuffer(data, dtype=np.uint8).copy()
+    addends = relocations["addend"].astype(np.uint64)
+    values = symbols[relocations["symbol"]] + addends
+    for kind, size in ((_R_X86_64_64, 8), (_R_X86_64_32, 4)):
+        chosen = relocations["type"] == kind
+        for byte in range(size):
+            places = relocations["offset"][chosen] + np.uint64(byte)
+            image[places] = (values[chosen] >> np.uint64(8 * byte)).astype(np.uint8)
+    return memoryview(image.tobytes())
+
+
+def _line_header(debug: DebugFile, data: memoryview, offset: int) -> LineHeader:
+    length, version = struct.unpack_from("<IH", data, offset)
+    end = offset + 4 + length
+    at = offset + (8 if version >= 5 else 6)
+    (header_length,) = struct.unpack_from("<I", data, at)
+    at += 4
+    program = bytes(data[at + header_length : end])
+    minimum = data[at]
+    at += 2 if version >= 4 else 1  # over the VLIW operations per instruction
+    default_is_stmt, line_base, line_range, opcode_base = struct.unpack_from("<BbBB", data, at)
+    at += 4
+    counts = tuple(data[at : at + opcode_base - 1])
+    at += opcode_base - 1
+    files = _files(debug, data, at) if version >= 5 else _old_files(data, at)
+    return LineHeader(
+        version, minimum, bool(default_is_stmt), line_base, line_range, counts, files, program
+    )
+
+
+def _files(debug: DebugFile, data: memoryview, at: int) -> tuple[str, ...]:
+    directories, at = _file_table(debug, data, at)
+    files, _ = _file_table(debug, data, at)
+    names = [name for name, _ in directories]
+    return tuple(_path(names, name, directory) for name, directory in files)
+
+
+def _file_table(debug: DebugFile, data: memoryview, at: int) -> tuple[list[tuple[str, int]], int]:
+    """Names and directory numbers of a version 5 table, and where it ends."""
+    formats, at = [], at + 1
+    for _ in range(data[at - 1]):
+        kind, at = read_uleb(data, at)
+        form, at = read_uleb(data, at)
+        formats.append((kind, form))
+    count, at = read_uleb(data, at)
+    rows = []
+    for _ in range(count):
+        name, directory = "", 0
+        for kind, form in formats:
+            value: int | str = 0
+            if form == _STRING:
+                value, at = _string(data, at)
+            elif form in _ULEBS:
+                value, at = read_uleb(data, at)
+            else:
+                size = _SIZES[form]
+                value = int.from_bytes(data[at : at + size], "little")
+                at += size
+                if form in (_STRP, _LINE_STRP):
+                    section = ".debug_str" if form == _STRP else ".debug_line_str"
+                    value = debug.string(section, value)
+            if kind == ENUM_DW_LNCT["DW_LNCT_path"] and isinstance(value, str):
+                name = value
+            elif kind == ENUM_DW_LNCT["DW_LNCT_directory_index"] and isinstance(value, int):
+                directory = value
+        rows.append((name, directory))
+    return rows, at
+
+
+def _old_files(data: memoryview, at: int) -> tuple[str, ...]:
+    """The file table of versions 2 to 4, where files and directories count from 1."""
+    directories, files = [""], [""]
+    while data[at]:
+        name, at = _string(data, at)
+        directories.append(name)
+    at += 1
+    while data[at]:
+        name, at = _string(data, at)
+        directory, at = read_uleb(data, at)
+        _, at = read_uleb(data, at)  # time of last change
+        _, at = read_uleb(data, at)  # size
+        files.append(_path(directories, name, directory))
+    return tuple(files)
+
+
+def _path(directories: list[str], name: str, directory: int) -> str:
+    """A file's path, relative to the directory of the compilation if it lies below that."""
+    if directory >= len(directories):
+        return name
+    path = posixpath.normpath(posixpath.join(directories[directory], name))
+    return path.removeprefix(directories[0].rstrip("/") + "/") if directories[0] else path
+
+
+def _find_all(data: bytes, text: bytes) -> list[int]:
+    found = []
+    at = data.find(text)
+    while at >= 0:
+        found.append(at)
+        at = data.find(text, at + 1)
+    return found
+
+
+def _string(data: bytes | memoryview, at: int) -> tuple[str, int]:
+    end = at
+    while data[end]:
+        end += 1
+    return bytes(data[at:end]).decode("utf-8", "replace"), end + 1
+
+
+def read_uleb(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """The unsigned LEB128 number at a position, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def read_sleb(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """The signed LEB128 number at a position, and where it ends."""
+    value, end = read_uleb(data, at)
+    bits = 7 * (end - at)
+    return value - (1 << bits) if value >> bits - 1 else value, end
+
+
+def _write_uleb(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*encoded, value))

@@ -1,0 +1,231 @@
+"""A running kernel with its names and types: what probes, commands and scripts ask."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import drgn
+
+from kgdbx.errors import MemoryFault, SymbolError
+from kgdbx.symbols.elf import ElfSymbols, Symbol, near_names
+from kgdbx.symbols.kaslr import check_build_id, find_slide, run_to_kernel_entry
+from kgdbx.symbols.memory import KernelMemory
+from kgdbx.symbols.modules import LoadedModule, Modules
+from kgdbx.symbols.program import make_program
+from kgdbx.symbols.tasks import CurrentTask
+from kgdbx.target.base import Target
+
+__all__ = ("Function", "Kernel")
+
+_PERCPU_END = 1 << 32  # per-CPU symbols are offsets and do not move with KASLR
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function of the running kernel or of a loaded module.
+
+    :ivar address: guest-virtual address of its first instruction
+    :ivar size_bytes: length of its code
+    :ivar module: the module it is in, or None
+    """
+
+    name: str
+    address: int
+    size_bytes: int
+    module: LoadedModule | None = None
+
+    @property
+    def qualified_name(self) -> str:
+        """``module:name``, or the name alone for vmlinux."""
+        return f"{self.module.name}:{self.name}" if self.module else self.name
+
+
+class Kernel:
+    """Names, types and memory of a kernel.
+
+    :param target: a stopped target
+    :param vmlinux: the kernel's file with debug information
+    :param slide: KASLR slide in bytes
+    :param debug_modules: directory with the debug files of its modules
+    :param ram_end: guest-physical end of RAM; 0 if unknown
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        vmlinux: ElfSymbols,
+        slide: int,
+        *,
+        debug_modules: Path | None = None,
+        ram_end: int = 0,
+    ) -> None:
+        self.target = target
+        self.vmlinux = vmlinux
+        self.slide = slide
+        self._ram_end = ram_end
+        self._debug_modules = debug_modules
+        self.memory = KernelMemory(target, vmlinux, slide)
+        self.memory.attach(ram_end)
+
+    @classmethod
+    def attach(
+        cls,
+        target: Target,
+        vmlinux: Path,
+        *,
+        debug_modules: Path | None = None,
+        ram_end: int = 0,
+        boot_timeout_s: float = 60.0,
+    ) -> "Kernel":
+        """Find the kernel in a target. A VM that was started frozen is run to its first C code.
+
+        :raises BuildIdMismatch: if *vmlinux* is not the file of the running kernel
+        :raises SymbolError: if no kernel starts in time
+        """
+        symbols = ElfSymbols(vmlinux)
+        slide = find_slide(target, symbols)
+        if slide is None:
+            slide = run_to_kernel_entry(target, symbols, boot_timeout_s)
+        check_build_id(target, symbols, slide)
+        return cls(target, symbols, slide, debug_modules=debug_modules, ram_end=ram_end)
+
+    @functools.cached_property
+    def program(self) -> drgn.Program:
+        """The drgn program of this kernel."""
+        return make_program(self.target, self.memory, self.vmlinux, self.slide)
+
+    @functools.cached_property
+    def modules(self) -> Modules:
+        """The loaded modules."""
+        return Modules(self.program, self.memory, self._debug_modules)
+
+    @functools.cached_property
+    def current(self) -> CurrentTask:
+        """Tasks on vCPUs."""
+        return CurrentTask(self.program, self.memory, self.vmlinux)
+
+    def stopped(self) -> None:
+        """Note a stop: an early kernel may have set up its final page tables since the last."""
+        if not self.memory.booted:
+            self.memory.attach(self._ram_end)
+
+    def address(self, name: str) -> int:
+        """Running address of a symbol of vmlinux.
+
+        :raises SymbolError: if there is none, with the nearest names
+        """
+        return self._slid(self.vmlinux.address(name))
+
+    def functions(self, name: str, module: LoadedModule | None = None) -> tuple[Function, ...]:
+        """All functions of exactly this name.
+
+        :param module: look in this module only; None looks in vmlinux, then in all modules
+        :raises SymbolError: if there is none: with clones and nearest names
+        """
+        if module is not None:
+            found = self._in_module(module, name)
+            if not found:
+                names = tuple(s.name for s in self.modules.symbols(module) if s.is_function)
+                raise _no_function(f"{module.name}:{name}", name, names)
+            return found
+        found = tuple(
+            Function(name, self._slid(s.address), self._size(s))
+            for s in self.vmlinux.lookup(name)
+            if s.is_function
+        )
+        if not found:
+            found = tuple(f for loaded in self.modules for f in self._in_module(loaded, name))
+        if not found:
+            raise _no_function(name, name, self.vmlinux.function_names)
+        return found
+
+    def function_at(self, address: int) -> Function | None:
+        """The function that contains an address."""
+        link = address - self.slide
+        if self.vmlinux.address("_text") <= link < self.vmlinux.address("_end"):
+            symbol = self.vmlinux.containing(link)
+            if symbol is None:
+                return None
+            return Function(symbol.name, self._slid(symbol.address), self._size(symbol))
+        loaded = self.modules.containing(address)
+        if loaded is None:
+            return None
+        return self._module_function_at(loaded, address)
+
+    def symbolize(self, address: int) -> str:
+        """``func+0x1c/0x30 [module]`` as the kernel prints it; hex if nothing is there."""
+        function = self.function_at(address)
+        if function is None:
+            return f"{address:#x}"
+        text = f"{function.name}+{address - function.address:#x}/{function.size_bytes:#x}"
+        return f"{text} [{function.module.name}]" if function.module else text
+
+    def object_address(self, name: str) -> int | None:
+        """Running address of any symbol, per-CPU ones as offsets; None if there is none."""
+        found = self.vmlinux.lookup(name)
+        return self._slid(found[0].address) if found else None
+
+    def function_type(self, function: Function) -> drgn.Type | None:
+        """C type of a function by its debug information; None if it has none there.
+
+        A clone (``.isra.0``) has no type: its parameters are not those of the source.
+        """
+        if "." in function.name:
+            return None
+        if function.module is not None and not self.modules.load_debug_info(function.module):
+            return None
+        try:
+            found = self.program.function(function.name)
+            if found.address_ != function.address:
+                location = self.program.source_location(function.address)[-1]
+                found = self.program.function(function.name, location.filename)
+        except LookupError:
+            return None
+        return found.type_
+
+    def read_code(self, address: int, size_bytes: int) -> bytes:
+        """Live bytes of code: alternatives, jump labels and ftrace have rewritten the file's.
+
+        :return: fewer bytes if the following page is not mapped
+        :raises MemoryFault: if nothing is mapped at *address*
+        """
+        try:
+            return self.memory.read(address, size_bytes)
+        except MemoryFault:
+            return self.memory.read(address, min(size_bytes, 0x1000 - (address & 0xFFF)))
+
+    def _slid(self, address: int) -> int:
+        return address if address < _PERCPU_END else address + self.slide
+
+    def _size(self, symbol: Symbol) -> int:
+        if symbol.size_bytes:
+            return symbol.size_bytes
+        following = self.vmlinux.next_address(symbol.address)
+        return following - symbol.address if following else 0
+
+    def _in_module(self, loaded: LoadedModule, name: str) -> tuple[Function, ...]:
+        return tuple(
+            Function(name, s.address, s.size_bytes, loaded)
+            for s in self.modules.symbols(loaded)
+            if s.is_function and s.name == name
+        )
+
+    def _module_function_at(self, loaded: LoadedModule, address: int) -> Function | None:
+        best = max(
+            (s for s in self.modules.symbols(loaded) if s.is_function and s.address <= address),
+            key=lambda s: s.address,
+            default=None,
+        )
+        if best is None:
+            return None
+        return Function(best.name, best.address, best.size_bytes, loaded)
+
+
+def _no_function(shown: str, name: str, names: tuple[str, ...]) -> SymbolError:
+    clones = tuple(n for n in names if n.startswith(name + "."))
+    if clones:
+        message = f"no function {shown!r}; the compiler made clones of it: {', '.join(clones)}"
+        return SymbolError(message, symbol=name, candidates=clones)
+    near = near_names(name, names)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return SymbolError(f"no function {shown!r}{hint}", symbol=name, candidates=near)

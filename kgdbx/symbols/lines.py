@@ -1,0 +1,235 @@
+"""Source lines to addresses, and back.
+
+drgn finds the line of an address; the addresses of a line are read from the line number program of
+the function's unit here, with ``is_stmt``, as perf probe and gdb do.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import drgn
+
+from kgdbx.errors import SymbolError
+from kgdbx.symbols.dwarf import ATTRIBUTE, DebugFile, Entry, LineHeader, Unit, read_sleb, read_uleb
+
+__all__ = ("Declaration", "LineAddresses", "address_line", "function_declaration", "line_addresses")
+
+_DECL_FILE, _DECL_LINE = ATTRIBUTE["DW_AT_decl_file"], ATTRIBUTE["DW_AT_decl_line"]
+_DECLARATION = ATTRIBUTE["DW_AT_declaration"]
+
+# opcodes of the line number program: DWARF 5, section 7.22
+_END_SEQUENCE, _SET_ADDRESS = 1, 2
+_COPY, _ADVANCE_PC, _ADVANCE_LINE, _SET_FILE = 1, 2, 3, 4
+_NEGATE_STMT, _CONST_ADD_PC, _FIXED_ADVANCE_PC = 6, 8, 9
+
+
+class Declaration(NamedTuple):
+    """Where a function is written.
+
+    :ivar line: 1-based line that holds its name
+    """
+
+    file: str
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LineAddresses:
+    """Where the code of a line of a function starts.
+
+    :ivar file: source file of the function
+    :ivar function_line: 1-based line of the file that holds the function's name
+    :ivar line: lines after that: the line asked for, or the next one that has code
+    :ivar addresses: sorted; in a ``.ko`` offsets in the function's section
+    """
+
+    file: str
+    function_line: int
+    line: int
+    addresses: tuple[int, ...]
+
+
+class _Row(NamedTuple):
+    address: int
+    file: int
+    line: int
+    is_stmt: bool
+    end_sequence: bool
+
+
+def address_line(program: drgn.Program, address: int) -> tuple[str, int] | None:
+    """Source file and 1-based line of an address, in an inlined function the latter's.
+
+    :param address: address in the running kernel
+    :return: None if the debug information does not say
+    """
+    try:
+        location = program.source_location(address)[0]
+    except LookupError:
+        return None
+    return (location.filename, location.line) if location.line else None
+
+
+def function_declaration(path: Path, function: str | int, section: str = "") -> Declaration:
+    """Where a function is written.
+
+    :param path: vmlinux, or a module's ``.ko`` with debug information
+    :param function: its name, or a link-time address inside of it
+    :param section: in a ``.ko``, the section that the address is an offset in
+    :raises SymbolError: if there is no such function, or several of this name
+    """
+    debug = DebugFile(path)
+    if isinstance(function, int):
+        unit, entry = _function_at(debug, function, section)
+        return _declaration(unit, entry)
+    found = {
+        _declaration(unit, entry)
+        for unit, hits in debug.units_at(debug.name_offsets(function))
+        if unit.functions_named(function, hits)
+        for entry in unit.functions()
+        if entry.name == function and not entry.numbers.get(_DECLARATION)
+    }
+    if not found:
+        raise SymbolError(f"{path.name} has no function {function!r}", symbol=function)
+    if len(found) > 1:
+        places = tuple(f"{file}:{line}" for file, line in sorted(found))
+        raise SymbolError(
+            f"there are {len(found)} functions {function!r}: {', '.join(places)}; give an address",
+            symbol=function,
+            candidates=places,
+        )
+    return found.pop()
+
+
+def line_addresses(path: Path, function: int, line: int, section: str = "") -> LineAddresses:
+    """Where the code of a line of a function starts, for ``func:line``.
+
+    Each of the places where the code goes over to the line counts, among them those in the
+    function's cold part. Functions that were inlined into this one have lines of their own, which
+    do not count.
+
+    :param path: vmlinux, or a module's ``.ko`` with debug information
+    :param function: a link-time address inside of the function
+    :param line: lines after the one that holds the function's name, as in ``perf probe``
+    :param section: in a ``.ko``, the section that the address is an offset in
+    :return: if the line has no code, those of the next line that has
+    :raises SymbolError: if there is no such function, or no code on or after the line
+    """
+    debug = DebugFile(path)
+    unit, entry = _function_at(debug, function, section)
+    file, first = _declaration(unit, entry)
+    end = _end_line(unit, file, first)
+    starts: dict[int, set[int]] = {}
+    if line >= 0 and unit.line_header is not None:
+        for row in _line_starts(unit.line_header, unit.ranges(entry)):
+            if first + line <= row.line < end and unit.file(row.file) == file:
+                starts.setdefault(row.line, set()).add(debug.split_address(row.address)[1])
+    if not starts:
+        name = unit.function_name(entry)
+        raise SymbolError(
+            f"{name} has no code on line {line} or after it ({file}:{first + line}); "
+            "give a smaller line",
+            symbol=f"{name}:{line}",
+        )
+    nearest = min(starts)
+    return LineAddresses(file, first, nearest - first, tuple(sorted(starts[nearest])))
+
+
+def _function_at(debug: DebugFile, address: int, section: str) -> tuple[Unit, Entry]:
+    joined = debug.join_address(section, address)
+    unit = debug.unit_containing(joined)
+    for entry in unit.functions() if unit else ():
+        if unit and any(low <= joined < high for low, high in unit.ranges(entry)):
+            return unit, entry
+    raise SymbolError(
+        f"{debug.path.name} has no function with debug information at {address:#x}",
+        symbol=hex(address),
+    )
+
+
+def _declaration(unit: Unit, entry: Entry) -> Declaration:
+    numbers = unit.origin(entry).numbers
+    return Declaration(unit.file(numbers.get(_DECL_FILE)), numbers.get(_DECL_LINE, 0))
+
+
+def _end_line(unit: Unit, file: str, first: int) -> int:
+    """The line of the next function of the same file: DWARF does not say where one ends."""
+    later = [
+        place.line
+        for entry in unit.functions()
+        if not entry.numbers.get(_DECLARATION)
+        if (place := _declaration(unit, entry)).file == file and place.line > first
+    ]
+    return min(later, default=1 << 32)
+
+
+def _line_starts(header: LineHeader, ranges: list[tuple[int, int]]) -> Iterator[_Row]:
+    """Rows inside of *ranges* where another line than before begins."""
+    here: tuple[int, int] | None = None
+    found = False
+    for row in _rows(header):
+        if here != (row.file, row.line):
+            here, found = (row.file, row.line), False
+        # a line goes on over several rows, one for each column
+        if row.is_stmt and not found and not row.end_sequence:
+            found = any(low <= row.address < high for low, high in ranges)
+            if found:
+                yield row
+        if row.end_sequence:
+            here = None
+
+
+def _rows(header: LineHeader) -> Iterator[_Row]:
+    """The rows of the line table, from running its program (DWARF 5, section 6.2)."""
+    program, at = header.program, 0
+    opcode_base = len(header.operand_counts) + 1
+    start = _Row(0, 1, 1, header.default_is_stmt, False)
+    row = start
+
+    def advanced(operations: int) -> int:
+        return row.address + operations * header.minimum_instruction_length
+
+    while at < len(program):
+        opcode = program[at]
+        at += 1
+        if opcode >= opcode_base:
+            operations, lines = divmod(opcode - opcode_base, header.line_range)
+            row = row._replace(
+                address=advanced(operations), line=row.line + header.line_base + lines
+            )
+            yield row
+        elif opcode == 0:
+            size, at = read_uleb(program, at)
+            extended = program[at]
+            if extended == _END_SEQUENCE:
+                yield row._replace(end_sequence=True)
+                row = start
+            elif extended == _SET_ADDRESS:
+                row = row._replace(address=struct.unpack_from("<Q", program, at + 1)[0])
+            at += size
+        elif opcode == _COPY:
+            yield row
+        elif opcode == _ADVANCE_PC:
+            operations, at = read_uleb(program, at)
+            row = row._replace(address=advanced(operations))
+        elif opcode == _ADVANCE_LINE:
+            lines, at = read_sleb(program, at)
+            row = row._replace(line=row.line + lines)
+        elif opcode == _SET_FILE:
+            file, at = read_uleb(program, at)
+            row = row._replace(file=file)
+        elif opcode == _NEGATE_STMT:
+            row = row._replace(is_stmt=not row.is_stmt)
+        elif opcode == _CONST_ADD_PC:
+            operations = (255 - opcode_base) // header.line_range
+            row = row._replace(address=advanced(operations))
+        elif opcode == _FIXED_ADVANCE_PC:
+            (size,) = struct.unpack_from("<H", program, at)
+            row = row._replace(address=row.address + size)
+            at += 2
+        else:
+            for _ in range(header.operand_counts[opcode - 1]):
+                _, at = read_uleb(program, at)

@@ -1,0 +1,73 @@
+"""The drgn program over a target: types and objects of the live kernel."""
+
+import drgn
+
+from kgdbx.errors import SymbolError, TargetError
+from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.symbols.memory import KernelMemory
+from kgdbx.target.base import Target
+
+__all__ = ("make_program", "vmcoreinfo")
+
+_PHYSICAL_END = 1 << 52
+
+
+def vmcoreinfo(memory: KernelMemory, vmlinux: ElfSymbols, slide: int, osrelease: str) -> str:
+    """What drgn must know of a kernel (Documentation/admin-guide/kdump/vmcoreinfo.rst).
+
+    The kernel writes its own vmcoreinfo late in the boot; everything in it that drgn reads is
+    known from the symbols, so it is made here and works from the first instruction.
+    """
+    top = vmlinux.address("init_top_pgt") + slide
+    phys_base = memory.phys_base - (memory.phys_base >> 63 << 64)  # signed
+    lines = (
+        f"OSRELEASE={osrelease}",
+        f"BUILD-ID={vmlinux.build_id}",
+        "PAGESIZE=4096",
+        f"SYMBOL(swapper_pg_dir)={top:x}",
+        "LENGTH(mem_section)=2048",
+        "NUMBER(MAX_PHYSMEM_BITS)=" + ("52" if memory.levels == 5 else "46"),
+        "NUMBER(SECTION_SIZE_BITS)=27",
+        f"NUMBER(phys_base)={phys_base}",
+        f"NUMBER(pgtable_l5_enabled)={int(memory.levels == 5)}",
+        f"KERNELOFFSET={slide:x}",
+    )
+    return "\n".join(lines) + "\n"
+
+
+def make_program(
+    target: Target, memory: KernelMemory, vmlinux: ElfSymbols, slide: int
+) -> drgn.Program:
+    """A drgn program with the types of *vmlinux* and the memory of *target*.
+
+    :raises SymbolError: if *vmlinux* has no debug information
+    """
+    banner = vmlinux.read(vmlinux.address("linux_banner"), 256).decode("ascii", "replace")
+    program = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
+    program.set_linux_kernel_custom(
+        vmcoreinfo(memory, vmlinux, slide, banner.split()[2]), is_live=True
+    )
+
+    def read_virtual(address: int, count: int, offset: int, physical: bool) -> bytes:
+        try:
+            return memory.read(address, count)
+        except TargetError as e:
+            raise drgn.FaultError(str(e), address) from e
+
+    def read_physical(address: int, count: int, offset: int, physical: bool) -> bytes:
+        try:
+            return target.read_physical(address, count)
+        except TargetError as e:
+            raise drgn.FaultError(str(e), address) from e
+
+    program.add_memory_segment(0, (1 << 64) - 1, read_virtual)
+    if target.capabilities.physical_memory:
+        program.add_memory_segment(0, _PHYSICAL_END, read_physical, physical=True)
+    try:
+        program.load_debug_info([vmlinux.path])
+    except drgn.MissingDebugInfoError as e:
+        raise SymbolError(
+            f"{vmlinux.path} has no debug information; install the kernel's -dbg package",
+            symbol=str(vmlinux.path),
+        ) from e
+    return program

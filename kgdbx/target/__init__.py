@@ -1,0 +1,1 @@
+"""Transports to a kernel: memory, registers, breakpoints and run control."""

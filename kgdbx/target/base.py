@@ -1,0 +1,191 @@
+"""The contract that every transport fulfils; ``tests/contract`` runs over all of them."""
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Self
+
+from kgdbx.arch.registers import Registers
+
+__all__ = ("BreakpointKind", "Capabilities", "Stop", "StopReason", "Target")
+
+
+class BreakpointKind(enum.IntEnum):
+    """What a ``Z`` packet inserts; the values are the packet's own numbers."""
+
+    SOFTWARE = 0
+    HARDWARE = 1
+    WATCH_WRITE = 2
+    WATCH_READ = 3
+    WATCH_ACCESS = 4
+
+
+class StopReason(enum.Enum):
+    """Why the kernel stopped."""
+
+    TRAP = "trap"  # a breakpoint, or a step that ended
+    WATCHPOINT = "watchpoint"
+    INTERRUPT = "interrupt"
+    SIGNAL = "signal"
+    EXITED = "exited"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """One stop of the kernel. All vCPUs stand still.
+
+    :ivar cpu: the vCPU that stopped, counted from 0
+    :ivar address: guest-virtual address that a watchpoint reports, otherwise None
+    :ivar signal: the stub's signal number
+    """
+
+    cpu: int
+    reason: StopReason
+    address: int | None = None
+    signal: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What a transport can do.
+
+    :ivar hardware_breakpoints: debug registers per vCPU, shared by breakpoints and watchpoints
+    :ivar software_breakpoints: most that can be inserted; None for no limit
+    :ivar physical_memory: guest-physical addresses can be read and written at a stop
+    :ivar reads_while_running: memory can be read without stopping the kernel
+    :ivar single_cpu_step: one vCPU can be stepped while the others stand still
+    :ivar clock_stops: guest time stands still during a stop, so that watchdogs do not fire
+    """
+
+    hardware_breakpoints: int
+    software_breakpoints: int | None
+    physical_memory: bool
+    reads_while_running: bool
+    single_cpu_step: bool
+    clock_stops: bool
+
+
+class Target(abc.ABC):
+    """A kernel under control. Addresses are guest-virtual unless a name says physical.
+
+    A target is a context manager; leaving it removes every breakpoint and lets the kernel run on.
+    Everything that waits has a deadline and raises :class:`~kgdbx.errors.TargetTimeout` when it
+    passes, or :class:`~kgdbx.errors.TargetLost` as soon as the guest is gone.
+    """
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """Where this target is attached, for messages."""
+
+    @property
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this transport can do."""
+
+    @property
+    @abc.abstractmethod
+    def running(self) -> bool:
+        """Whether the kernel runs now."""
+
+    @abc.abstractmethod
+    def cpus(self) -> tuple[int, ...]:
+        """Numbers of all vCPUs, counted from 0."""
+
+    @abc.abstractmethod
+    def read_memory(self, address: int, size_bytes: int, *, cpu: int | None = None) -> bytes:
+        """Read virtual memory through a vCPU's page tables.
+
+        :param cpu: the vCPU; by default the one that stopped last
+        :raises MemoryFault: if any byte cannot be read
+        """
+
+    @abc.abstractmethod
+    def write_memory(self, address: int, data: bytes, *, cpu: int | None = None) -> None:
+        """Write virtual memory, read-only pages and kernel text included.
+
+        :raises MemoryFault: if any byte cannot be written
+        """
+
+    @abc.abstractmethod
+    def read_physical(self, address: int, size_bytes: int) -> bytes:
+        """Read guest-physical memory.
+
+        :raises MemoryFault: if any byte is not RAM
+        :raises Unsupported: if the transport reaches virtual memory only
+        """
+
+    @abc.abstractmethod
+    def write_physical(self, address: int, data: bytes) -> None:
+        """Write guest-physical memory at a stop.
+
+        :raises MemoryFault: if any byte is not RAM
+        :raises Unsupported: if the transport reaches virtual memory only
+        """
+
+    @abc.abstractmethod
+    def read_registers(self, cpu: int) -> Registers:
+        """Registers of a stopped vCPU."""
+
+    @abc.abstractmethod
+    def write_registers(self, cpu: int, registers: Registers) -> None:
+        """Write back the registers that were changed since they were read."""
+
+    @abc.abstractmethod
+    def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        """Insert a breakpoint or watchpoint at a stop.
+
+        :param size_bytes: for a watchpoint 1, 2, 4 or 8, and the address a multiple of it
+        :raises ProbeError: ENOSPC if no debug register is free, EBUSY if it is there already
+        :raises Unsupported: if the stub has no breakpoints of this kind
+        """
+
+    @abc.abstractmethod
+    def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        """Remove a breakpoint; one that is not there is left alone."""
+
+    @abc.abstractmethod
+    def step(self, cpu: int) -> Stop:
+        """Execute one instruction on one vCPU, past a breakpoint under it, with interrupts held
+        off where the stub can do that; the other vCPUs stand still.
+        """
+
+    @abc.abstractmethod
+    def resume(self) -> None:
+        """Let all vCPUs run."""
+
+    @abc.abstractmethod
+    def interrupt(self) -> Stop:
+        """Stop the kernel now, or return the last stop if it stands already."""
+
+    @abc.abstractmethod
+    def run(
+        self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
+    ) -> Stop | None:
+        """Let the kernel run until a stop that *on_stop* does not pass over.
+
+        :param on_stop: called at each stop with the kernel standing; True lets it run on
+        :param timeout_s: seconds to run; None for no limit
+        :return: the stop, or None if the time passed first; then the kernel was stopped
+        """
+
+    @abc.abstractmethod
+    def request_stop(self) -> None:
+        """End a :meth:`run` in progress as if its time had passed.
+
+        May be called from a signal handler or another thread.
+        """
+
+    @abc.abstractmethod
+    def close(self, *, resume: bool = True) -> None:
+        """Remove every breakpoint and disconnect; does nothing the second time.
+
+        :param resume: let the kernel run on; otherwise it is left standing
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,381 @@
+"""A kernel behind QEMU's gdbstub, driven over the remote serial protocol without gdb."""
+
+import errno
+import re
+import time
+from collections.abc import Callable
+
+from kgdbx.arch.registers import DEFAULT_LAYOUT, RegisterLayout, Registers
+from kgdbx.errors import MemoryFault, ProbeError, ProtocolError, TargetLost, Unsupported
+from kgdbx.target.base import BreakpointKind, Capabilities, Stop, StopReason, Target
+from kgdbx.target.packet import PacketConnection, connect_stream
+from kgdbx.target.ram import GuestRam
+
+__all__ = ("RspTarget",)
+
+_ANSWER_S = 5.0
+_DEBUG_REGISTERS = 4
+_WATCH_KEYS = ("watch", "rwatch", "awatch")
+
+
+class RspTarget(Target):
+    """A target over the stub's own socket.
+
+    Connecting stops the VM and removes breakpoints that a debugger which died left behind.
+
+    :param address: path of the stub's Unix socket, or ``host:port``
+    :param ram: the guest's RAM seen from the host, if it can be
+    :param answer_s: seconds that the stub has for an answer
+    :raises TargetError: if nothing listens at the address, or no stub answers
+    """
+
+    def __init__(
+        self, address: str, *, ram: GuestRam | None = None, answer_s: float = _ANSWER_S
+    ) -> None:
+        self._address = address
+        self._ram = ram
+        self._answer_s = answer_s
+        self._breakpoints: set[tuple[BreakpointKind, int, int]] = set()
+        self._queued: list[bytes] = []  # packets whose answer must be OK, sent with the next one
+        self._owed = 0  # OKs that were not read yet
+        self._running = False
+        self._closed = False
+        self._register_thread: int | None = None
+        self._connection = self._clean_connection()
+        try:
+            self._packet_bytes = self._handshake()
+            self._stop = self._parse_stop(self._exchange(b"?"))
+            self._threads = self._list_threads()
+            self._layout = self._read_layout()
+        except BaseException:
+            self._connection.close()
+            raise
+        physical = ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
+        self._capabilities = Capabilities(
+            hardware_breakpoints=_DEBUG_REGISTERS,
+            software_breakpoints=None,
+            physical_memory=physical,
+            reads_while_running=ram is not None,
+            single_cpu_step=b"s" in self._exchange(b"vCont?"),
+            clock_stops=True,
+        )
+
+    @property
+    def name(self) -> str:
+        return self._address
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def running(self) -> bool:
+        return self._running
+
+    @property
+    def connection(self) -> PacketConnection:
+        """The packet layer, for its counters."""
+        return self._connection
+
+    def cpus(self) -> tuple[int, ...]:
+        return tuple(self._threads)
+
+    # Memory
+
+    def read_memory(self, address: int, size_bytes: int, *, cpu: int | None = None) -> bytes:
+        self._select(cpu)
+        return self._read(address, size_bytes, physical=False)
+
+    def write_memory(self, address: int, data: bytes, *, cpu: int | None = None) -> None:
+        self._select(cpu)
+        self._write(address, data, physical=False)
+
+    def read_physical(self, address: int, size_bytes: int) -> bytes:
+        if self._ram is not None:
+            return self._ram.read(address, size_bytes)
+        self._enter_physical_mode()
+        try:
+            return self._read(address, size_bytes, physical=True)
+        finally:
+            self._expect_ok(b"Qqemu.PhyMemMode:0")
+
+    def write_physical(self, address: int, data: bytes) -> None:
+        # Never through the mapped RAM: only the stub makes TCG drop translated code.
+        self._enter_physical_mode()
+        try:
+            self._write(address, data, physical=True)
+        finally:
+            self._expect_ok(b"Qqemu.PhyMemMode:0")
+
+    def _enter_physical_mode(self) -> None:
+        self._require_stopped("physical memory through the stub")
+        if self._exchange(b"Qqemu.PhyMemMode:1") != b"OK":
+            raise Unsupported(f"the stub at {self.name} reads virtual memory only")
+
+    def _read(self, address: int, size_bytes: int, *, physical: bool) -> bytes:
+        self._require_stopped("memory through the stub")
+        data = bytearray()
+        chunk = (self._packet_bytes - 16) // 2
+        while len(data) < size_bytes:
+            want = min(chunk, size_bytes - len(data))
+            reply = self._exchange(b"m%x,%x" % (address + len(data), want))
+            if reply.startswith(b"E") or not reply:
+                raise MemoryFault(address, size_bytes, physical=physical)
+            part = _unhex(reply)
+            if len(part) > want:
+                raise ProtocolError(f"the stub answered {len(part)} bytes where {want} were asked")
+            data += part
+        return bytes(data)
+
+    def _write(self, address: int, data: bytes, *, physical: bool) -> None:
+        self._require_stopped("memory through the stub")
+        chunk = (self._packet_bytes - 48) // 2
+        for offset in range(0, len(data), chunk):
+            part = data[offset : offset + chunk]
+            packet = b"M%x,%x:%b" % (address + offset, len(part), part.hex().encode())
+            if self._exchange(packet) != b"OK":
+                raise MemoryFault(address, len(data), physical=physical, write=True)
+
+    # Registers
+
+    def read_registers(self, cpu: int) -> Registers:
+        self._require_stopped("registers")
+        self._select(cpu)
+        return Registers(self._layout.unpack(_unhex(self._exchange(b"g"))))
+
+    def write_registers(self, cpu: int, registers: Registers) -> None:
+        self._require_stopped("registers")
+        changed = registers.changed
+        if changed:
+            self._select(cpu)
+        for name, value in changed.items():
+            number = self._layout.number[name]
+            size = self._layout.sizes_bytes[number]
+            value_hex = value.to_bytes(size, "little").hex().encode()
+            self._queued.append(b"P%x=%b" % (number, value_hex))
+
+    # Breakpoints
+
+    def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        key = (kind, address, size_bytes)
+        if key in self._breakpoints:
+            raise ProbeError(f"there is a {kind.name} breakpoint at {address:#x}", errno.EBUSY)
+        if kind is not BreakpointKind.SOFTWARE:
+            used = sum(k is not BreakpointKind.SOFTWARE for k, _, _ in self._breakpoints)
+            if used >= _DEBUG_REGISTERS:
+                raise ProbeError(
+                    f"all {_DEBUG_REGISTERS} debug registers are in use; remove a hardware "
+                    "breakpoint or watchpoint first, or use a software breakpoint",
+                    errno.ENOSPC,
+                )
+        reply = self._exchange(b"Z%d,%x,%x" % (kind, address, size_bytes))
+        if not reply:
+            raise Unsupported(f"the stub at {self.name} has no {kind.name} breakpoints")
+        if reply != b"OK":
+            raise ProbeError(
+                f"the stub refuses a {kind.name} breakpoint at {address:#x}: {reply!r}",
+                errno.ENOSPC,
+            )
+        self._breakpoints.add(key)
+
+    def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        key = (kind, address, size_bytes)
+        if key in self._breakpoints:
+            self._expect_ok(b"z%d,%x,%x" % (kind, address, size_bytes))
+            self._breakpoints.discard(key)
+
+    # Run control
+
+    def step(self, cpu: int) -> Stop:
+        self._require_stopped("a step")
+        self._start(b"vCont;s:%b" % self._threads[cpu])
+        return self._stopped(self._await_stop())
+
+    def resume(self) -> None:
+        if not self._running:
+            self._start(b"vCont;c")
+
+    def interrupt(self) -> Stop:
+        if self._running:
+            self._connection.send_raw(b"\x03")
+            self._stopped(self._await_stop())
+        return self._stop
+
+    def request_stop(self) -> None:
+        self._connection.wake()
+
+    def run(
+        self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
+    ) -> Stop | None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            self.resume()
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            packet = self._connection.receive_or_wake(remaining)
+            if packet is not None and self._settle(packet):
+                continue
+            if packet is None:
+                # A breakpoint may have been faster than our break-in: it counts as any other.
+                stop = self.interrupt()
+                if stop.reason is not StopReason.INTERRUPT and on_stop is not None:
+                    on_stop(stop)
+                return None
+            stop = self._stopped(packet)
+            if stop.reason is StopReason.EXITED:
+                raise TargetLost(f"the guest at {self.name} has shut down")
+            if on_stop is None or not on_stop(stop):
+                return stop
+
+    def _start(self, packet: bytes) -> None:
+        queued, self._queued = self._queued, []
+        self._owed += len(queued)
+        self._running = True
+        self._connection.send(*queued, packet)
+
+    def _await_stop(self) -> bytes:
+        while True:
+            packet = self._connection.receive(self._answer_s)
+            if not self._settle(packet):
+                return packet
+
+    def _settle(self, packet: bytes) -> bool:
+        # Answers to register writes that went out together with the resume come before the stop.
+        if not self._owed:
+            return False
+        self._owed -= 1
+        if packet != b"OK":
+            raise ProtocolError(f"the stub refuses to write a register: {packet!r}")
+        return True
+
+    def _stopped(self, packet: bytes) -> Stop:
+        self._running = False
+        self._stop = self._parse_stop(packet)
+        self._register_thread = self._stop.cpu  # gdb_set_stop_cpu() in gdbstub/gdbstub.c
+        return self._stop
+
+    def close(self, *, resume: bool = True) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._running:
+                self.interrupt()
+            if resume:
+                self._exchange(b"D;1")  # removes every breakpoint, and the VM runs on
+            else:
+                for kind, address, size in tuple(self._breakpoints):
+                    self.remove_breakpoint(kind, address, size)
+        except TargetLost:
+            self._running = False  # a guest that is gone needs no cleaning
+        finally:
+            self._breakpoints.clear()
+            self._connection.close()
+
+    # Protocol
+
+    def _clean_connection(self) -> PacketConnection:
+        # A detach drops all breakpoints of a debugger that died. It ends the attachment too, so
+        # connect twice.
+        for attempt in range(2):
+            connection = PacketConnection(connect_stream(self._address, self._answer_s))
+            if attempt:
+                return connection
+            try:
+                connection.send(b"D;1")
+                while connection.receive(self._answer_s) not in (b"OK", b""):
+                    pass  # the stop reply that QEMU before 9.0 sends on connect
+            finally:
+                connection.close()
+        raise AssertionError("unreachable")
+
+    def _handshake(self) -> int:
+        self._connection.send(b"qSupported:multiprocess+;xmlRegisters=i386;vContSupported+")
+        while True:
+            reply = self._connection.receive(self._answer_s)
+            if size := re.search(rb"PacketSize=([0-9a-fA-F]+)", reply):
+                return max(256, min(int(size[1], 16), 1 << 16))
+            if not reply.startswith((b"T", b"S")):
+                raise ProtocolError(f"{self.name} answers {reply[:40]!r}; is this a gdb stub?")
+
+    def _exchange(self, packet: bytes) -> bytes:
+        queued, self._queued = self._queued, []
+        self._connection.send(*queued, packet)
+        for _ in queued:
+            reply = self._connection.receive(self._answer_s)
+            if reply != b"OK":
+                raise ProtocolError(f"the stub refuses to write a register: {reply!r}")
+        return self._connection.receive(self._answer_s)
+
+    def _expect_ok(self, packet: bytes) -> None:
+        reply = self._exchange(packet)
+        if reply != b"OK":
+            raise ProtocolError(f"the stub answers {reply!r} to {packet!r}")
+
+    def _list_threads(self) -> dict[int, bytes]:
+        threads: list[bytes] = []
+        reply = self._exchange(b"qfThreadInfo")
+        while reply.startswith(b"m"):
+            threads += reply[1:].split(b",")
+            reply = self._exchange(b"qsThreadInfo")
+        return {_cpu_of(thread): thread for thread in threads} or {0: b"p1.1"}
+
+    def _read_layout(self) -> RegisterLayout:
+        target = self._transfer_features("target.xml")
+        if not target:
+            return DEFAULT_LAYOUT
+        includes = re.findall(r'<xi:include href="([^"]+)"', target)
+        documents = [self._transfer_features(name) for name in includes] or [target]
+        return RegisterLayout.from_target_xml(documents)
+
+    def _transfer_features(self, annex: str) -> str:
+        data = b""
+        while len(data) < 1 << 20:
+            offset_length = b"%x,%x" % (len(data), self._packet_bytes - 16)
+            reply = self._exchange(b"qXfer:features:read:%b:%b" % (annex.encode(), offset_length))
+            data += reply[1:]
+            if not reply.startswith(b"m"):
+                return data.decode("ascii", "replace") if reply.startswith(b"l") else ""
+        raise ProtocolError(f"the stub's target description {annex} has no end")
+
+    def _select(self, cpu: int | None) -> None:
+        cpu = self._stop.cpu if cpu is None else cpu
+        if cpu != self._register_thread:
+            if cpu not in self._threads:
+                raise Unsupported(f"there is no vCPU {cpu}; there are {len(self._threads)}")
+            self._expect_ok(b"Hg" + self._threads[cpu])
+            self._register_thread = cpu
+
+    def _parse_stop(self, packet: bytes) -> Stop:
+        if packet[:1] in (b"W", b"X"):
+            return Stop(0, StopReason.EXITED, signal=0)
+        try:
+            if packet[:1] not in (b"T", b"S"):
+                raise ValueError
+            signal = int(packet[1:3], 16)
+            fields = dict(
+                field.split(":", 1) for field in packet[3:].decode("ascii").split(";") if field
+            )
+            cpu = _cpu_of(fields.get("thread", "1").encode())
+            for key in _WATCH_KEYS:
+                if key in fields:
+                    return Stop(cpu, StopReason.WATCHPOINT, int(fields[key], 16), signal)
+        except ValueError as e:
+            raise ProtocolError(f"the stub answers {packet[:60]!r} for a stop") from e
+        reasons = {2: StopReason.INTERRUPT, 0: StopReason.INTERRUPT, 5: StopReason.TRAP}
+        return Stop(cpu, reasons.get(signal, StopReason.SIGNAL), None, signal)
+
+    def _require_stopped(self, what: str) -> None:
+        if self._running:
+            raise Unsupported(f"{what} needs a stopped kernel; interrupt it first")
+
+
+def _cpu_of(thread: bytes) -> int:
+    # "p01.02" or "2": QEMU's thread numbers are vCPU index + 1.
+    return max(0, int(thread.rpartition(b".")[2], 16) - 1)
+
+
+def _unhex(data: bytes) -> bytes:
+    try:
+        return bytes.fromhex(data.decode("ascii").replace("x", "0"))
+    except ValueError as e:
+        raise ProtocolError(f"the stub answers {data[:40]!r} where hex digits belong") from e
