@@ -1,0 +1,360 @@
+"""All probes of a session: registering, hits, and taking everything back."""
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+
+from kgdbx.errors import ProbeError, SymbolError, TargetError
+from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance, ReturnTable
+from kgdbx.probes.module_events import ModuleEvents
+from kgdbx.probes.probe import HandlerFault, Hit, Probe, State
+from kgdbx.probes.resolve import parse_place, resolve_points
+from kgdbx.probes.site import Site
+from kgdbx.probes.watch import Watch
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.symbols.modules import LoadedModule
+from kgdbx.target.base import BreakpointKind, Stop, StopReason
+
+__all__ = ("ProbeManager",)
+
+_IDLE_RETURN_SITES = 256
+_HANDLER_LIMIT_S = 10.0
+
+
+class ProbeManager:
+    """Registers probes with a kernel and runs their handlers.
+
+    The target calls :meth:`on_stop` at each stop. Breakpoints are inserted at once, also from a
+    handler; they are removed when no handler runs (a debugger that deletes a breakpoint while it
+    reports a hit of it crashes).
+
+    :param handler_limit_s: seconds after which a handler is interrupted; None for no limit
+    """
+
+    def __init__(self, kernel: Kernel, *, handler_limit_s: float | None = _HANDLER_LIMIT_S) -> None:
+        self.kernel = kernel
+        self.handler_limit_s = handler_limit_s
+        self.returns = ReturnTable(kernel)
+        self.fault_listeners: list[Callable[[Probe, HandlerFault], None]] = []
+        self.stray_stops = 0
+        self._started_ns = time.monotonic_ns()
+        self._probes: list[Probe] = []
+        self._sites: dict[int, Site] = {}
+        self._watches: list[Watch] = []
+        self._idle_returns: dict[int, None] = {}
+        self._module_events = ModuleEvents(self)
+        self._dispatching = False
+        self._stale: list[Site] = []
+
+    def __iter__(self) -> Iterator[Probe]:
+        """The registered probes, in the order of their registration."""
+        return iter([p for p in self._probes if not self._module_events.owns(p)])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def clock_ns(self) -> int:
+        """Nanoseconds of the host's clock since the session began."""
+        return time.monotonic_ns() - self._started_ns
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The breakpoints in the guest."""
+        return tuple(self._sites.values())
+
+    def find(self, name: str) -> Probe:
+        """A registered probe by name or number.
+
+        :raises ProbeError: ENOENT if there is none
+        """
+        for probe in self:
+            if name in (probe.name, probe.name.rpartition("/")[2], str(probe.number)):
+                return probe
+        names = ", ".join(probe.name for probe in self) or "none"
+        raise ProbeError(f"there is no probe {name!r}; registered: {names}", errno.ENOENT)
+
+    def register(self, probe: Probe) -> Probe:
+        """Put a probe into the kernel, or make it wait for its module.
+
+        :raises ProbeError: with the errno that register_kprobe() would give; nothing is left
+            behind then
+        """
+        if probe.state not in (State.NEW, State.UNREGISTERED):
+            raise ProbeError(f"probe {probe.name!r} is registered already", errno.EINVAL)
+        if any(p.name == probe.name for p in self._probes):
+            raise ProbeError(f"there is a probe named {probe.name!r}", errno.EEXIST)
+        probe.hits = probe.nmissed = 0
+        probe.manager = self
+        try:
+            self._place(probe)
+        except BaseException:
+            probe.manager = None
+            probe.state = State.NEW
+            raise
+        self._probes.append(probe)
+        return probe
+
+    def unregister(self, probe: Probe) -> None:
+        """Remove a probe; does nothing if it is not registered."""
+        if probe not in self._probes:
+            return
+        self._probes.remove(probe)
+        self._withdraw(probe)
+        probe.state = State.UNREGISTERED
+        self._remove_stale()
+
+    def enable(self, probe: Probe) -> None:
+        """Call a disabled probe's handlers again."""
+        if probe.state is State.DISABLED:
+            self._place(probe)
+        elif probe.state is State.GONE:
+            raise ProbeError(f"the code of probe {probe.name!r} is gone", errno.EINVAL)
+
+    def disable(self, probe: Probe) -> None:
+        """Take a probe's breakpoints out, and keep its counters."""
+        if probe.state in (State.ENABLED, State.PENDING):
+            self._withdraw(probe)
+            probe.state = State.DISABLED
+            self._remove_stale()
+
+    def close(self) -> None:
+        """Unregister everything, newest first.
+
+        :raises TargetError: the first error, after all were tried
+        """
+        first: TargetError | None = None
+        for probe in tuple(reversed(self._probes)):
+            try:
+                self.unregister(probe)
+            except TargetError as e:
+                first = first or e
+        if first is not None:
+            raise first
+
+    def report_fault(self, probe: Probe, fault: HandlerFault) -> None:
+        """Tell listeners that a handler raised."""
+        for listener in tuple(self.fault_listeners):
+            listener(probe, fault)
+
+    # Stops
+
+    def on_stop(self, stop: Stop) -> bool:
+        """Handle a stop of the kernel.
+
+        :return: True to let the kernel run on
+        """
+        self.kernel.stopped()
+        if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
+            return False
+        target = self.kernel.target
+        regs = target.read_registers(stop.cpu)
+        hit = Hit(self.kernel, stop.cpu, regs, regs.rip)
+        self._dispatching = True
+        try:
+            if stop.reason is StopReason.WATCHPOINT:
+                self._on_watchpoint(hit, stop)
+            else:
+                self._on_breakpoint(hit)
+        finally:
+            self._dispatching = False
+            target.write_registers(stop.cpu, hit.regs)
+            self._remove_stale()
+        return not hit.stop_requested
+
+    def _on_breakpoint(self, hit: Hit) -> None:
+        site = self._sites.get(hit.regs.rip)
+        if site is None:
+            # QEMU reports a vCPU again that reached its breakpoint while another one's was being
+            # reported (debug_requested in system/runstate.c); that one has been dealt with.
+            self.stray_stops += 1
+        while site is not None:
+            hit.address = site.address
+            self._run_site(site, hit)
+            # What follows may be another site: it must not be run past.
+            next_site = self._sites.get(hit.regs.rip)
+            site = None if next_site is site else next_site
+
+    def _run_site(self, site: Site, hit: Hit) -> None:
+        if site.watches_returns:
+            for instance in self.returns.returning(hit.task.address, hit.regs.rsp):
+                instance.entry.returned(hit, instance)
+            self._note_idle(site)
+        attachments = tuple(a for a in site.attachments if a.probe.active)
+        skip = any(a.probe.active and a.before(hit) for a in attachments)
+        if hit.regs.rip != site.address:
+            return  # a handler sent the guest elsewhere
+        if skip:
+            site.skip_displaced(hit)
+        elif site.execute_displaced(hit, self._on_watchpoint if self._watches else None):
+            for attachment in attachments:
+                if attachment.probe.active:
+                    attachment.after(hit)
+
+    def _on_watchpoint(self, hit: Hit, stop: Stop) -> None:
+        assert stop.address is not None
+        for watch in tuple(self._watches):
+            if watch.active and watch.covers(stop.address):
+                hit.address = hit.regs.rip
+                watch.accessed(hit)
+
+    # Placing
+
+    def _place(self, probe: Probe) -> None:
+        if isinstance(probe, Watch):
+            self._place_watch(probe)
+            return
+        place = parse_place(probe.where)
+        loaded = self.kernel.modules.find(place.module) if place.module else None
+        points, probe.notes = resolve_points(
+            self.kernel, place, module=loaded, inlined=probe.kind in "pj"
+        )
+        if place.module or any(p.function.module for p in points or ()):
+            self._module_events.follow()
+        if points is None:
+            probe.state = State.PENDING
+            return
+        probe.points = points
+        self._attach(probe)
+
+    def _attach(self, probe: Probe) -> None:
+        probe.prepare(self.kernel)
+        kind = BreakpointKind.HARDWARE if probe.hardware else BreakpointKind.SOFTWARE
+        try:
+            for attachment in probe.attachments():
+                site = self._site(attachment.point.address, kind)
+                site.attachments.append(attachment)
+                site.insert()
+        except BaseException:
+            self._withdraw(probe)
+            self._remove_stale()
+            raise
+        probe.state = State.ENABLED
+
+    def _place_watch(self, watch: Watch) -> None:
+        if isinstance(watch.where, int):
+            watch.address = watch.where
+        else:
+            address = self.kernel.object_address(watch.where)
+            if address is None:
+                raise ProbeError(f"there is no variable {watch.where!r}", errno.ENOENT)
+            watch.address = address
+        watch.prepare(self.kernel)
+        self.kernel.target.insert_breakpoint(watch.breakpoint_kind, watch.address, watch.size_bytes)
+        watch.inserted = True
+        self._watches.append(watch)
+        watch.state = State.ENABLED
+
+    def _withdraw(self, probe: Probe) -> None:
+        if isinstance(probe, Watch):
+            if probe in self._watches:
+                self._watches.remove(probe)
+                self.kernel.target.remove_breakpoint(
+                    probe.breakpoint_kind, probe.address, probe.size_bytes
+                )
+            return
+        if isinstance(probe, Kretprobe):
+            self.returns.forget(probe)
+        for site in tuple(self._sites.values()):
+            site.attachments = [a for a in site.attachments if a.probe is not probe]
+            if site.watches_returns:
+                self._note_idle(site)
+            self._retire_if_unused(site)
+        if not any(isinstance(p, Kretprobe) and p is not probe for p in self._probes):
+            self._retire_idle_returns(0)
+
+    def _site(self, address: int, kind: BreakpointKind) -> Site:
+        site = self._sites.get(address)
+        if site is None:
+            revived = next((s for s in self._stale if s.address == address), None)
+            if revived is not None:
+                self._stale.remove(revived)
+            site = self._sites[address] = revived or Site(self.kernel, address, kind)
+        return site
+
+    def _retire_if_unused(self, site: Site) -> None:
+        used = site.attachments or site.watches_returns
+        if not used and self._sites.pop(site.address, None) is not None:
+            self._stale.append(site)
+
+    def _remove_stale(self) -> None:
+        if self._dispatching:
+            return
+        while self._stale:
+            self._stale[-1].remove()
+            self._stale.pop()
+
+    # Returns
+
+    def watch_return(self, instance: KretprobeInstance) -> bool:
+        """Make sure that a call's return is seen.
+
+        :return: False if no breakpoint can be inserted there
+        """
+        kind = BreakpointKind.HARDWARE if instance.rp.hardware else BreakpointKind.SOFTWARE
+        site = self._site(instance.ret_addr, kind)
+        try:
+            site.insert()
+        except ProbeError as e:
+            self._retire_if_unused(site)
+            instance.rp.record_fault("return", e)
+            return False
+        site.watches_returns = True
+        self._idle_returns.pop(site.address, None)
+        return True
+
+    def _note_idle(self, site: Site) -> None:
+        # A return address is likely to be returned to again: its breakpoint stays for a while.
+        if not self.returns.is_awaited(site.address):
+            self._idle_returns[site.address] = None
+            self._retire_idle_returns(_IDLE_RETURN_SITES)
+
+    def _retire_idle_returns(self, keep: int) -> None:
+        while len(self._idle_returns) > keep:
+            address = next(iter(self._idle_returns))
+            del self._idle_returns[address]
+            site = self._sites.get(address)
+            if site is not None:
+                site.watches_returns = False
+                self._retire_if_unused(site)
+
+    # Modules
+
+    def module_loaded(self, module: LoadedModule) -> None:
+        """Place the probes that wait for a module. Its code has not run yet."""
+        for probe in tuple(self._probes):
+            if probe.state not in (State.PENDING, State.GONE):
+                continue
+            place = parse_place(probe.where)
+            if place.module is None or place.module.replace("-", "_") != module.name:
+                continue
+            try:
+                points, probe.notes = resolve_points(
+                    self.kernel, place, module=module, inlined=probe.kind in "pj"
+                )
+                probe.points = points or ()
+                self._attach(probe)
+            except (ProbeError, SymbolError) as e:
+                probe.record_fault("register", e)
+
+    def memory_freed(self, regions: tuple[tuple[int, int], ...]) -> None:
+        """Take back what lies in memory that is about to be freed.
+
+        :param regions: guest-virtual ``(start, size_bytes)``
+        """
+
+        def freed(address: int) -> bool:
+            return any(start <= address < start + size for start, size in regions)
+
+        for probe in tuple(self._probes):
+            if probe.state is State.ENABLED and any(freed(p.address) for p in probe.points):
+                self._withdraw(probe)
+                probe.points = tuple(p for p in probe.points if not freed(p.address))
+                probe.state = State.GONE
+                if probe.points:
+                    self._attach(probe)
+        for address in tuple(self._sites):
+            if freed(address):
+                site = self._sites[address]
+                site.watches_returns = False
+                self._idle_returns.pop(address, None)
+                self._retire_if_unused(site)

@@ -1,0 +1,144 @@
+"""One breakpoint in the guest: who is attached to it, and the instruction that it displaces."""
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+from kgdbx.arch.emulate import Emulator, emulator_for
+from kgdbx.arch.exceptions import gate_handlers
+from kgdbx.arch.instruction import MAX_INSTRUCTION_BYTES, instruction_length
+from kgdbx.arch.registers import Registers
+from kgdbx.errors import MemoryFault
+from kgdbx.probes.probe import Hit, Point, Probe
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import BreakpointKind, Stop, StopReason
+
+__all__ = ("Attachment", "Site")
+
+_IDT_BYTES = 32 * 16
+
+
+class Attachment(Protocol):
+    """What a probe does at one of its addresses."""
+
+    probe: Probe
+    point: Point
+
+    def before(self, hit: Hit) -> bool:
+        """Runs before the instruction; True if it set the registers up itself and the
+        instruction must not be executed."""
+
+    def after(self, hit: Hit) -> None:
+        """Runs after the instruction."""
+
+    def fault(self, hit: Hit, trap: int) -> bool:
+        """Runs when the instruction takes an exception; True if that is dealt with."""
+
+
+class Site:
+    """A breakpoint with its attachments, in the order of their registration.
+
+    :param address: guest-virtual address of an instruction
+    :param kind: SOFTWARE or HARDWARE
+    """
+
+    def __init__(self, kernel: Kernel, address: int, kind: BreakpointKind) -> None:
+        self.address = address
+        self.kind = kind
+        self.attachments: list[Attachment] = []
+        self.watches_returns = False
+        self.inserted = False
+        self.boosted = 0
+        self.stepped = 0
+        self._kernel = kernel
+        self._code = b""
+        self._emulator: Emulator | None = None
+
+    def insert(self) -> None:
+        """Put the breakpoint into the guest."""
+        if not self.inserted:
+            self._kernel.target.insert_breakpoint(self.kind, self.address)
+            self.inserted = True
+
+    def remove(self) -> None:
+        """Take the breakpoint out of the guest."""
+        if self.inserted:
+            self._kernel.target.remove_breakpoint(self.kind, self.address)
+            self.inserted = False
+
+    def execute_displaced(
+        self, hit: Hit, on_watchpoint: Callable[[Hit, Stop], None] | None
+    ) -> bool:
+        """Do what the instruction under the breakpoint does, with the other vCPUs standing.
+
+        :param on_watchpoint: takes data watchpoints that the instruction triggers; None if none
+            is armed
+        :return: whether it ended; otherwise it took an exception, which goes its own way
+        """
+        emulator = self._current_emulator()
+        if emulator is not None and not (on_watchpoint and emulator.touches_memory):
+            try:
+                emulator.run(hit.regs, self._kernel.target)
+            except MemoryFault:
+                pass  # the processor takes the fault, or can do what the stub cannot
+            else:
+                self.boosted += 1
+                return True
+        return self._step(hit, on_watchpoint)
+
+    def skip_displaced(self, hit: Hit) -> None:
+        """Go on behind the instruction without doing it."""
+        self._current_emulator()
+        hit.regs.rip = self.address + len(self._code)
+
+    @property
+    def is_boosted(self) -> bool:
+        """Whether the displaced instruction is emulated rather than single-stepped."""
+        return self._current_emulator() is not None
+
+    def _current_emulator(self) -> Emulator | None:
+        # The kernel patches its own text while it runs (jump labels, static calls, ftrace), so
+        # what lies here now counts, not what lay here when the probe was registered.
+        code = self._kernel.read_code(self.address, len(self._code) or MAX_INSTRUCTION_BYTES)
+        if code != self._code:
+            code = self._kernel.read_code(self.address, MAX_INSTRUCTION_BYTES)
+            self._code = code[: instruction_length(code, self.address)]
+            self._emulator = emulator_for(self._code, self.address)
+        return self._emulator
+
+    @functools.cached_property
+    def _exception_handlers(self) -> dict[int, int]:
+        base = self._kernel.object_address("idt_table")
+        return gate_handlers(self._kernel.memory.read(base, _IDT_BYTES)) if base else {}
+
+    def _step(self, hit: Hit, on_watchpoint: Callable[[Hit, Stop], None] | None) -> bool:
+        target = self._kernel.target
+        before = hit.regs.copy()
+        target.write_registers(hit.cpu, hit.regs)
+        while True:
+            stop = target.step(hit.cpu)
+            hit.regs = target.read_registers(hit.cpu)
+            if on_watchpoint and stop.reason is StopReason.WATCHPOINT:
+                on_watchpoint(hit, stop)
+            if hit.regs.rip != self.address:
+                break  # a repeated string instruction comes back here once an iteration
+        self.stepped += 1
+        trap = self._exception_handlers.get(hit.regs.rip)
+        if trap is None:
+            return True
+        for attachment in tuple(self.attachments):
+            seen = before.copy()
+            after, hit.regs = hit.regs, seen
+            handled = attachment.probe.active and attachment.fault(hit, trap)
+            hit.regs = after
+            if handled:
+                self._undo_exception(after, seen)
+                return True
+        return False
+
+    def _undo_exception(self, regs: Registers, wanted: Registers) -> None:
+        # The exception was taken on the stack below rsp; with the registers of before, and the
+        # handler's changes to them, it never happened.
+        regs.restore(wanted)
+        if regs.rip == self.address:
+            regs.rip = self.address + len(self._code)

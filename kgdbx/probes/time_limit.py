@@ -1,0 +1,39 @@
+"""Handlers run for a limited time: the guest stands meanwhile."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from kgdbx.errors import HandlerTimeout
+
+__all__ = ("time_limit",)
+
+
+@contextlib.contextmanager
+def time_limit(limit_s: float | None) -> Iterator[None]:
+    """Interrupt the body with :class:`~kgdbx.errors.HandlerTimeout` after a time.
+
+    Handlers of a network driver that wait, or of a kernel whose clock goes on during a stop,
+    make the guest's watchdogs fire. Works in the main thread only, where handlers run.
+
+    :param limit_s: seconds; None for no limit
+    """
+    if not limit_s or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expired(signum: int, frame: FrameType | None) -> None:
+        raise HandlerTimeout(
+            f"handlers ran longer than {limit_s:g} s with the guest stopped; do the work on a "
+            "queue after the hit, or raise the limit (handler_limit_s)"
+        )
+
+    previous = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,96 @@
+"""Data watch: a handler when memory is accessed, by a debug register."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kgdbx.errors import ProbeError
+from kgdbx.probes.context import context_suppliers
+from kgdbx.probes.handler import Supplier, bind_handler
+from kgdbx.probes.probe import Hit, Probe
+from kgdbx.probes.site import Attachment
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import BreakpointKind
+
+__all__ = ("Watch",)
+
+_KINDS = {
+    "w": BreakpointKind.WATCH_WRITE,
+    "r": BreakpointKind.WATCH_READ,
+    "rw": BreakpointKind.WATCH_ACCESS,
+}
+
+
+class Watch(Probe):
+    """Watch kernel data.
+
+    The handler runs after the access, with ``regs.ip`` at the next instruction, and names ``old``
+    and ``new`` (unsigned values before and after), ``p``, ``regs``, ``hit``, ``task``, ``cpu``,
+    ``kernel``. One debug register is used for each watch; x86 has four.
+
+    :param where: name of a kernel variable, or an address
+    :param handler: runs after each access
+    :param size_bytes: 1, 2, 4 or 8; the address must be a multiple of it
+    :param access: ``w`` for writes, ``r`` for reads, ``rw`` for both
+    """
+
+    kind = "w"
+
+    def __init__(
+        self,
+        where: str | int,
+        handler: Callable[..., Any] | None = None,
+        *,
+        size_bytes: int = 8,
+        access: str = "w",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(where, name=name, hardware=True)
+        if access not in _KINDS:
+            raise ProbeError(f"access {access!r} is not one of {', '.join(_KINDS)}")
+        if size_bytes not in (1, 2, 4, 8):
+            raise ProbeError(f"a debug register watches 1, 2, 4 or 8 bytes, not {size_bytes}")
+        self.handler = handler
+        self.access = access
+        self.size_bytes = size_bytes
+        self.address = 0
+        self.old = 0
+        self.new = 0
+        self.inserted = False
+        self._call: Callable[[Hit], Any] | None = None
+
+    @property
+    def breakpoint_kind(self) -> BreakpointKind:
+        """What to insert."""
+        return _KINDS[self.access]
+
+    def prepare(self, kernel: Kernel) -> None:
+        if self.address % self.size_bytes:
+            raise ProbeError(
+                f"{self.address:#x} is not a multiple of {self.size_bytes}; a debug register "
+                "watches aligned memory: use a smaller size"
+            )
+        self.new = self._value(kernel)
+        if self.handler is not None:
+            suppliers: dict[str, Supplier] = {
+                **context_suppliers(self),
+                "old": lambda hit: self.old,
+                "new": lambda hit: self.new,
+            }
+            self._call = bind_handler(self.handler, suppliers, f"the watch of {self.where}")
+
+    def attachments(self) -> tuple[Attachment, ...]:
+        return ()
+
+    def covers(self, address: int) -> bool:
+        """Whether an access at an address is one that is watched."""
+        return self.address <= address < self.address + self.size_bytes
+
+    def accessed(self, hit: Hit) -> None:
+        """Runs after an access."""
+        self.hits += 1
+        self.old, self.new = self.new, self._value(hit.kernel)
+        if self._call is not None:
+            self.call(self._call, "handler", hit)
+
+    def _value(self, kernel: Kernel) -> int:
+        return int.from_bytes(kernel.memory.read(self.address, self.size_bytes), "little")
