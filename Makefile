@@ -1,0 +1,30 @@
+# Everything works on a fresh Debian machine; setup installs what is missing.
+PYTHON := .venv/bin/python
+PYTEST_ARGS ?=
+
+.PHONY: setup fetch test demo check clean
+
+setup:
+	@vm/host-setup
+
+# Kernels with their debug symbols and QEMU, into the cache: about 650 MB once.
+fetch: setup
+	$(PYTHON) -m kgdbx.machine
+
+test: fetch
+	@mkdir -p build
+	@rm -f build/junit.xml
+	$(PYTHON) -m pytest --junit-xml=build/junit.xml $(PYTEST_ARGS)
+	@$(PYTHON) .ci/check_junit.py build/junit.xml
+
+demo: setup
+	.venv/bin/kgdbx demo
+
+check: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+# Kernels, QEMU and templates stay: they are in ~/.cache/kgdbx and /dev/shm.
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Kernels, QEMU and VMs: fetch, launch, snapshot and clone."""

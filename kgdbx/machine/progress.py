@@ -1,0 +1,24 @@
+"""A progress bar, drawn on a terminal only."""
+
+import sys
+from collections.abc import Callable
+
+__all__ = ("Progress", "terminal_progress")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is, in bytes."""
+
+_WIDTH = 30
+
+
+def terminal_progress(label: str, done_bytes: int, total_bytes: int) -> None:
+    """Draw the bar on standard error if that is a terminal, otherwise do nothing."""
+    if not sys.stderr.isatty():
+        return
+    done = min(done_bytes, total_bytes)
+    filled = _WIDTH * done // total_bytes if total_bytes else _WIDTH
+    bar = "#" * filled + "-" * (_WIDTH - filled)
+    sys.stderr.write(f"\r\x1b[K{label} [{bar}] {done >> 20}/{total_bytes >> 20} MiB")
+    if done >= total_bytes:
+        sys.stderr.write("\n")
+    sys.stderr.flush()
