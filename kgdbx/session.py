@@ -14,11 +14,14 @@ from typing import Any, Protocol, Self
 
 from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost
 from kgdbx.machine.info import VmInfo
+from kgdbx.machine.vm import find_vm
+from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.defined import probe_from_definition
 from kgdbx.probes.definition import ProbeDefinition, parse_definition
 from kgdbx.probes.event import Event
 from kgdbx.probes.manager import ProbeManager
 from kgdbx.probes.probe import Hit, Probe
+from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import read_script
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop, Target
@@ -73,32 +76,47 @@ class Session:
         self._closed = False
 
     @classmethod
-    def attach_vm(cls, info: VmInfo, *, target: Target | None = None) -> "Session":
-        """Attach to a VM of ours.
+    def connect(cls, where: str, vmlinux: str | None = None) -> "Session":
+        """Attach without gdb to a VM by its name, or to any stub.
 
-        :param target: a connection to it that is there already
+        :param where: name of a VM of ours, path of a Unix socket, or ``host:port``
+        :param vmlinux: the kernel's file; a VM of ours knows its own
+        :raises CommandError: if *vmlinux* is needed and missing
         """
+        if "/" not in where and ":" not in where:
+            return cls.attach_vm(find_vm(where).info)
+        if vmlinux is None:
+            raise CommandError(f"give the vmlinux with debug symbols of the kernel at {where}")
+        return cls.attach(RspTarget(where), Path(vmlinux).expanduser())
+
+    @classmethod
+    def attach_vm(cls, info: VmInfo) -> "Session":
+        """Attach without gdb to a VM of ours."""
         ram = open_ram(info)
-        return cls._attach(
-            target or RspTarget(str(info.gdb_socket), ram=ram),
+        return cls.attach(
+            RspTarget(str(info.gdb_socket), ram=ram),
             info.vmlinux,
-            info.debug_modules,
-            ram_end=sum(ram.ranges()[-1]),
+            debug_modules=info.debug_modules,
+            ram=ram,
         )
 
     @classmethod
-    def attach(cls, address: str, vmlinux: Path, *, debug_modules: Path | None = None) -> "Session":
-        """Attach to any stub.
-
-        :param address: path of a Unix socket, or ``host:port``
-        """
-        return cls._attach(RspTarget(address), vmlinux, debug_modules, ram_end=0)
-
-    @classmethod
-    def _attach(
-        cls, target: Target, vmlinux: Path, debug_modules: Path | None, *, ram_end: int
+    def attach(
+        cls,
+        target: Target,
+        vmlinux: Path,
+        *,
+        debug_modules: Path | None = None,
+        ram: GuestRam | None = None,
     ) -> "Session":
+        """Find the kernel in a target; the target is closed if that fails.
+
+        :param debug_modules: directory with the debug files of its modules
+        :param ram: the guest's RAM, if the target has it
+        :raises BuildIdMismatch: if *vmlinux* is of another kernel
+        """
         try:
+            ram_end = sum(ram.ranges()[-1]) if ram is not None else 0
             kernel = Kernel.attach(target, vmlinux, debug_modules=debug_modules, ram_end=ram_end)
             return cls(target, kernel)
         except BaseException:
@@ -169,6 +187,11 @@ class Session:
         loaded = self.kernel.modules.find(module)
         if loaded is not None:
             yield from sorted(s.name for s in self.kernel.modules.symbols(loaded) if s.is_function)
+
+    def parameter_names(self, place: str) -> tuple[str, ...]:
+        """Names of the parameters of the function at a place, for completion."""
+        points, _ = resolve_points(self.kernel, parse_place(place), module=None, inlined=False)
+        return tuple(argument_suppliers(self.kernel, points[0])) if points else ()
 
     # Running
 

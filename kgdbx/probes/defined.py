@@ -70,6 +70,7 @@ class _Recorder:
         self._name = f"{definition.event_group}/{definition.event_name}"
         self._emit = emit
         self.entry_names = _entry_names(fields, condition, arguments)
+        self._known: dict[int, str] = {}
         self._where = kernel.symbolize(point.address) if point is not None else ""
 
     def record(self, probe: Probe, hit: Hit, return_address: int | None = None) -> None:
@@ -92,8 +93,16 @@ class _Recorder:
             self._where or hit.kernel.symbolize(hit.address),
             self._fields(self.scope),
             return_address,
+            self._symbolize(return_address, hit) if return_address is not None else "",
         )
         self._emit(event, hit)
+
+
+    def _symbolize(self, address: int, hit: Hit) -> str:
+        # A function returns to few places, and each is a search in the symbol table.
+        if address not in self._known:
+            self._known[address] = hit.kernel.symbolize(address)
+        return self._known[address]
 
 
 class _DefinedKprobe(Kprobe):

@@ -22,6 +22,7 @@ class Event:
     :ivar where: the same as ``func+0x0/0x2c [module]``
     :ivar fields: values in the order of the definition
     :ivar return_address: where a returning function returns to, otherwise None
+    :ivar return_where: the same as text, otherwise empty
     """
 
     ts_ns: int
@@ -33,3 +34,4 @@ class Event:
     where: str
     fields: Mapping[str, Any]
     return_address: int | None = None
+    return_where: str = ""

@@ -1,0 +1,74 @@
+"""The ``kgdbx`` program.
+
+Exit status: 0 all is well, 1 findings (a guest command failed, a handler raised, a check failed),
+2 wrong use, 3 the kernel, VM or stub cannot be had, 130 ended by ^C.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+
+import kgdbx
+from kgdbx.commands import program
+from kgdbx.commands.program import PROGRAM_COMMANDS
+from kgdbx.commands.registry import add_arguments
+from kgdbx.errors import CommandError, DefinitionError, KgdbxError
+
+__all__ = ("main",)
+
+_GROUPS = {"vm": "Fetch kernels; run, clone and stop VMs."}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program.
+
+    :param argv: arguments; by default those of the process
+    :return: exit status
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(sys.stdout, args) or 0
+    except (CommandError, DefinitionError) as e:
+        return _fail(e, 2)
+    except KgdbxError as e:
+        return _fail(e, 3)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is lost that anyone wants.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: KgdbxError, status: int) -> int:
+    if os.environ.get("KGDBX_DEBUG"):
+        traceback.print_exc()
+    print(f"kgdbx: {error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kgdbx", description=f"{kgdbx.__doc__}", epilog="kgdbx COMMAND --help tells more."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
+    for command in PROGRAM_COMMANDS.discover(program):
+        group, _, name = command.name.rpartition(" ")
+        if group and group not in groups:
+            group_parser = commands.add_parser(group, help=_GROUPS[group])
+            groups[group] = group_parser.add_subparsers(metavar="COMMAND", required=True)
+        subparser = groups.get(group, commands).add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary}\n\n{command.description}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_arguments(subparser, command)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

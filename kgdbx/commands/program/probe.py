@@ -1,0 +1,135 @@
+"""probe: definitions and probe scripts against a VM or a stub, without gdb."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from kgdbx.commands.program import PROGRAM_COMMANDS
+from kgdbx.commands.registry import argument
+from kgdbx.commands.session.listing import PROBE_COLUMNS, probe_rows
+from kgdbx.commands.session.probe import describe
+from kgdbx.errors import CommandError
+from kgdbx.machine.vm import find_vm
+from kgdbx.probes.event import Event
+from kgdbx.probes.probe import HandlerFault, Probe
+from kgdbx.render import SCHEMA, event_json, event_line, json_line, pick_style, table
+from kgdbx.session import Session
+
+TARGET_ARGUMENTS = (
+    argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),
+    argument("--connect", metavar="ADDRESS", help="a stub: path of a Unix socket, or host:port"),
+    argument("--vmlinux", metavar="FILE", help="the kernel's debug symbols, with --connect"),
+)
+"""Options that say which kernel."""
+
+
+def open_session(args: argparse.Namespace) -> Session:
+    """Attach to the kernel that the options name.
+
+    :raises CommandError: unless they name one
+    """
+    if bool(args.vm) == bool(args.connect):
+        raise CommandError("name a kernel: --vm NAME, or --connect ADDRESS --vmlinux FILE")
+    return Session.connect(args.vm or args.connect, args.vmlinux)
+
+
+@PROGRAM_COMMANDS.command(
+    name="probe",
+    summary="Probe a kernel until ^C, a count, a duration, or a guest command's end.",
+    description="""\
+A definition is one argument:
+  p[:NAME] [MODULE:]FUNC[+OFFS|:LINE] [FIELDS] [if EXPR]   at an instruction
+  r[MAXACTIVE][:NAME] [MODULE:]FUNC [FIELDS] [if EXPR]     when a function returns
+  w[:NAME] DATA [r|w|rw] [FIELDS] [if EXPR]                when data is accessed
+Events go to the standard output, the table of probes to the standard error output.
+
+  kgdbx probe --vm a 'p do_sys_openat2 filename:string' 'r do_sys_openat2 $retval if $retval < 0'
+""",
+    arguments=(
+        *TARGET_ARGUMENTS,
+        argument("definitions", nargs="*", metavar="DEFINITION", help="see above"),
+        argument(
+            "-s", "--script", action="append", default=[], metavar="FILE", help="a probe script"
+        ),
+        argument("-n", "--count", type=int, metavar="N", help="end after N events"),
+        argument("-d", "--duration", type=float, metavar="S", help="end after S seconds"),
+        argument("-e", "--exec", metavar="COMMAND", help="run in the guest; end when it ends"),
+        argument("--hardware", action="store_true", help="use debug registers"),
+        argument("--json", action="store_true", help="one JSON object a line"),
+        argument("--color", choices=("auto", "always", "never"), default="auto"),
+    ),
+)
+def probe(out: TextIO, args: argparse.Namespace) -> int:
+    if not args.definitions and not args.script:
+        raise CommandError("give a probe definition, or a script with -s")
+    if args.exec and not args.vm:
+        raise CommandError("--exec needs a VM of ours: --vm NAME")
+    with open_session(args) as session:
+        _show(session, out, args)
+        for text in args.definitions:
+            _say(args, session.define(text, hardware=args.hardware))
+        for path in args.script:
+            _say(args, session.load_script(Path(path)))
+        status = _run(session, args)
+        probes = list(session.probes)
+        _summarize(out, args, probes)
+        faults = sum(p.nfaults for p in probes)
+    return 1 if faults or status else 0
+
+
+def _show(session: Session, out: TextIO, args: argparse.Namespace) -> None:
+    style = pick_style(out, args.color)
+    if args.json:
+        print(json_line({"schema": SCHEMA}), file=out)
+
+    def show(event: Event) -> None:
+        print(json_line(event_json(event)) if args.json else event_line(event, style), file=out)
+        out.flush()
+
+    def show_fault(probe: Probe, fault: HandlerFault) -> None:
+        if probe.nfaults == 1:
+            print(f"kgdbx: {probe.name}: {fault.handler} raised:\n{fault.trace}", file=sys.stderr)
+
+    session.event_listeners.append(show)
+    session.probes.fault_listeners.append(show_fault)
+
+
+def _say(args: argparse.Namespace, probes: list[Probe]) -> None:
+    if not args.json:
+        for probe in probes:
+            print(describe(probe), file=sys.stderr)
+
+
+def _summarize(out: TextIO, args: argparse.Namespace, probes: list[Probe]) -> None:
+    if not args.json:
+        rows = probe_rows(probes)
+        print(table(PROBE_COLUMNS, rows, pick_style(sys.stderr, args.color)), file=sys.stderr)
+        return
+    for p in probes:
+        record = {
+            "probe": p.name,
+            "definition": p.text,
+            "state": p.state.value,
+            "hits": p.hits,
+            "nmissed": p.nmissed,
+            "faults": p.nfaults,
+        }
+        print(json_line({"summary": record}), file=out)
+
+
+def _run(session: Session, args: argparse.Namespace) -> int:
+    # The guest command's exit status; 0 if there is none, or the run ended before it.
+    if not args.exec:
+        session.run(timeout_s=args.duration, count=args.count)
+        return 0
+    command = find_vm(args.vm).start(args.exec)
+    try:
+        session.run(timeout_s=args.duration, count=args.count, command=command)
+        status = command.poll()
+        sys.stderr.write(command.output.decode(errors="replace"))
+        if status:
+            print(f"kgdbx: the guest command ended with status {status}", file=sys.stderr)
+        return status or 0
+    finally:
+        command.discard()

@@ -1,0 +1,54 @@
+"""Attach over gdb's own connection."""
+
+from pathlib import Path
+
+import gdb
+
+from kgdbx.errors import CommandError, TargetError
+from kgdbx.machine.info import VmInfo
+from kgdbx.machine.vm import find_vm
+from kgdbx.session import Session, open_ram
+from kgdbx.target.gdb_inferior import GdbTarget
+
+__all__ = ("connect",)
+
+
+def connect(where: str, vmlinux: str | None) -> Session:
+    """Attach gdb, and kgdbx through it.
+
+    :param where: VM name, socket or ``host:port``; empty for the connection that gdb has
+    :raises CommandError: if it is not clear what to attach to
+    """
+    info = find_vm(where).info if where and "/" not in where and ":" not in where else None
+    path = _vmlinux(vmlinux, info)
+    if where:
+        address = str(info.gdb_socket) if info is not None else where
+        gdb.execute(f"target remote {address}", to_string=True)
+    elif gdb.selected_inferior().connection is None:
+        raise CommandError("gdb is not connected; name a VM, a socket or host:port")
+    ram = open_ram(info) if info is not None else None
+    modules = info.debug_modules if info is not None else None
+    target = GdbTarget(ram=ram)
+    session = Session.attach(target, path, debug_modules=modules, ram=ram)
+    target.on_stop = session.probes.on_stop
+    _relocate(path, session.kernel.slide)
+    return session
+
+
+def _vmlinux(given: str | None, info: VmInfo | None) -> Path:
+    if given:
+        return Path(given).expanduser()
+    if info is not None:
+        return info.vmlinux
+    loaded = gdb.current_progspace().filename
+    if loaded is None:
+        raise CommandError("give the vmlinux with debug symbols of this kernel")
+    return Path(loaded)
+
+
+def _relocate(path: Path, slide: int) -> None:
+    # gdb keeps what it has read of the file, so that this takes no second reading.
+    try:
+        gdb.execute(f"symbol-file -o {slide:#x} {path}", to_string=True)
+    except gdb.error as e:
+        raise TargetError(f"gdb cannot relocate {path}: {e}") from e

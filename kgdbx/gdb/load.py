@@ -1,0 +1,40 @@
+"""Put the commands into a running gdb."""
+
+import contextlib
+
+import gdb
+
+from kgdbx.commands import session as session_commands
+from kgdbx.commands.context import Context
+from kgdbx.commands.session import SESSION_COMMANDS
+from kgdbx.gdb.attach import connect
+from kgdbx.gdb.command import GdbCommand, Prefix
+from kgdbx.gdb.output import GdbOutput, gdb_style
+from kgdbx.gdb.parameters import DebugParameter
+
+__all__ = ("load",)
+
+_OLDEST_GDB = 12  # gdb.RemoteTargetConnection.send_packet
+_loaded: list[Context] = []
+
+
+def load() -> None:
+    """Register all commands; does nothing the second time.
+
+    :raises gdb.GdbError: if gdb is too old
+    """
+    if _loaded:
+        return
+    major = int(gdb.VERSION.split(".")[0])
+    if major < _OLDEST_GDB:
+        raise gdb.GdbError(f"kgdbx needs gdb {_OLDEST_GDB} or newer, this is {gdb.VERSION}")
+    context = Context(GdbOutput(), connect, gdb_style())
+    _loaded.append(context)
+    Prefix()
+    debug = DebugParameter()
+    for command in SESSION_COMMANDS.discover(session_commands):
+        for name in (command.name, *command.aliases):
+            GdbCommand(name, command, context, debug)
+    with contextlib.suppress(gdb.error):  # taken: the long name is always there
+        gdb.execute("alias -- kx = kgdbx", to_string=True)
+    gdb.events.gdb_exiting.connect(lambda event: context.detach())
