@@ -6,8 +6,11 @@ Exit status: 0 all is well, 1 findings (a guest command failed, a handler raised
 
 import argparse
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
+from typing import NoReturn
 
 import kgdbx
 from kgdbx.commands import program
@@ -27,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     :return: exit status
     """
     args = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)  # so that sessions are closed and VMs are stopped
     try:
         return args.run(sys.stdout, args) or 0
     except (CommandError, DefinitionError) as e:
@@ -39,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
 
 
 def _fail(error: KgdbxError, status: int) -> int:

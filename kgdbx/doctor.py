@@ -47,12 +47,12 @@ def host_checks() -> Iterator[Check]:
             yield Check(package, True, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             yield Check(package, False, "not installed", "make setup")
+    qemu: Qemu | None = None
     try:
         qemu = find_qemu()
     except MachineError as e:
-        qemu = None
         yield Check("QEMU", False, str(e), "kgdbx vm fetch")
-    else:
+    if qemu is not None:
         yield Check("QEMU", True, f"{'.'.join(map(str, qemu.version))}: {qemu.path}")
     for flavour in FLAVOURS:
         name = f"kernel {flavour.name}"

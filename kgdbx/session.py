@@ -31,6 +31,7 @@ from kgdbx.target.rsp import RspTarget
 __all__ = ("GuestCommand", "Refused", "Session", "open_ram")
 
 _GLOB_LIMIT = 500
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class GuestCommand(Protocol):
@@ -73,6 +74,7 @@ class Session:
         self._emitted = 0
         self._limit: int | None = None
         self._stop_on: set[str] = set()
+        self._listener_error: Exception | None = None
         self._closed = False
 
     @classmethod
@@ -212,16 +214,20 @@ class Session:
         :param command: a command under way in the guest
         :return: the stop, or None if the time or ``^C`` or the command ended it
         :raises TargetLost: if the guest shuts down or is killed
+        :raises Exception: what an event listener raised
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._limit = None if count is None else self._emitted + count
         done = threading.Event()
-        with _stop_on_interrupt(self.target, done), _stop_at_end(self.target, command, done):
+        with _stop_on_signals(self.target, done), _stop_at_end(self.target, command, done):
             while not done.is_set():
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
                     break
                 stop = self.target.run(self.probes.on_stop, remaining)
+                if self._listener_error is not None:
+                    error, self._listener_error = self._listener_error, None
+                    raise error
                 if stop is not None:
                     return stop
                 if command is None or command.poll() is not None:
@@ -302,8 +308,12 @@ class Session:
 
     def _emit(self, event: Event, hit: Hit) -> None:
         self._emitted += 1
-        for listener in tuple(self.event_listeners):
-            listener(event)
+        try:
+            for listener in tuple(self.event_listeners):
+                listener(event)
+        except Exception as e:  # not the handler's fault: run() raises it when the kernel stands
+            self._listener_error = self._listener_error or e
+            hit.stop()
         if self.limit_reached or event.probe in self._stop_on:
             hit.stop()
 
@@ -314,21 +324,28 @@ def open_ram(info: VmInfo) -> GuestRam:
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt(target: Target, done: threading.Event) -> Iterator[None]:
-    # ^C ends the run at a point where nothing is half done.
+def _stop_on_signals(target: Target, done: threading.Event) -> Iterator[None]:
+    # ^C ends the run at a point where nothing is half done; so do requests to end the process,
+    # which then goes on with its way out.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    caught: list[int] = []
 
-    def interrupted(signum: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
         done.set()
         target.request_stop()
 
-    previous = signal.signal(signal.SIGINT, interrupted)
+    previous = {number: signal.signal(number, note) for number in _ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in caught:
+        if number != signal.SIGINT:
+            raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

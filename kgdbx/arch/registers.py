@@ -1,10 +1,11 @@
 """x86-64 registers: their names, their place in the stub's ``g`` packet, and a CPU's values."""
 
+import copy
 import dataclasses
 import functools
 import struct
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 from kgdbx.errors import ProtocolError
 
@@ -59,24 +60,12 @@ class RegisterLayout:
         """Register name to stub number."""
         return {name: index for index, name in enumerate(self.names)}
 
-    @functools.cached_property
-    def _unpackers(self) -> tuple[tuple[str, int, int], ...]:
-        return tuple(zip(self.names, self.offsets_bytes, self.sizes_bytes, strict=True))
+    def unpack(self, packet: bytes) -> MutableMapping[str, int]:
+        """Values of all registers that the packet holds; a shorter packet holds fewer.
 
-    def unpack(self, packet: bytes) -> dict[str, int]:
-        """Values of all registers that the packet holds; a shorter packet holds fewer."""
-        values: dict[str, int] = {}
-        length = len(packet)
-        if length >= 8 * len(_GENERAL) and self.names[: len(_GENERAL)] == _GENERAL:
-            values.update(zip(_GENERAL, _GENERAL_STRUCT.unpack_from(packet), strict=True))
-            rest = self._unpackers[len(_GENERAL) :]
-        else:
-            rest = self._unpackers
-        for name, offset, size in rest:
-            if offset + size > length:
-                break
-            values[name] = int.from_bytes(packet[offset : offset + size], "little")
-        return values
+        The general registers are decoded at once, the others when they are asked for.
+        """
+        return _PacketValues(self, packet)
 
     @classmethod
     def from_target_xml(cls, documents: Sequence[str]) -> "RegisterLayout":
@@ -112,6 +101,54 @@ class RegisterLayout:
 
 _GENERAL_STRUCT = struct.Struct(f"<{len(_GENERAL)}Q")
 
+
+class _PacketValues(MutableMapping[str, int]):
+    # A g packet has some seventy registers, and a hit needs two or three of them.
+    def __init__(self, layout: RegisterLayout, packet: bytes) -> None:
+        self._layout = layout
+        self._packet = packet
+        self._known: dict[str, int] = {}
+        names = layout.names
+        if len(packet) >= _GENERAL_STRUCT.size and names[: len(_GENERAL)] == _GENERAL:
+            self._known = dict(zip(_GENERAL, _GENERAL_STRUCT.unpack_from(packet), strict=True))
+
+    def __getitem__(self, name: str) -> int:
+        value = self._known.get(name)
+        if value is None:
+            start, end = self._span(name)
+            if end > len(self._packet):
+                raise KeyError(name)
+            value = self._known[name] = int.from_bytes(self._packet[start:end], "little")
+        return value
+
+    def __setitem__(self, name: str, value: int) -> None:
+        self._known[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a register cannot be deleted")
+
+    def __contains__(self, name: object) -> bool:
+        if name in self._known:
+            return True
+        return name in self._layout.number and self._span(str(name))[1] <= len(self._packet)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._layout.names if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __copy__(self) -> "_PacketValues":
+        other = _PacketValues(self._layout, self._packet)
+        other._known = dict(self._known)
+        return other
+
+    def _span(self, name: str) -> tuple[int, int]:
+        number = self._layout.number[name]
+        start = self._layout.offsets_bytes[number]
+        return start, start + self._layout.sizes_bytes[number]
+
+
 DEFAULT_LAYOUT = RegisterLayout(
     _GENERAL + ("eflags", "cs", "ss", "ds", "es", "fs", "gs"), (8,) * 17 + (4,) * 7
 )
@@ -129,14 +166,14 @@ class Registers:
 
     __slots__ = ("_dirty", "_values")
     _dirty: set[str]
-    _values: dict[str, int]
+    _values: MutableMapping[str, int]
 
-    def __init__(self, values: dict[str, int]) -> None:
+    def __init__(self, values: MutableMapping[str, int]) -> None:
         object.__setattr__(self, "_values", values)
         object.__setattr__(self, "_dirty", set())
 
     def __getattr__(self, name: str) -> int:
-        values: dict[str, int] = object.__getattribute__(self, "_values")
+        values: MutableMapping[str, int] = object.__getattribute__(self, "_values")
         try:
             return values[PT_REGS_NAMES.get(name, name)]
         except KeyError:
@@ -182,7 +219,7 @@ class Registers:
 
     def copy(self) -> "Registers":
         """An independent copy that counts nothing as changed."""
-        return Registers(dict(self._values))
+        return Registers(copy.copy(self._values))
 
     def restore(self, saved: "Registers") -> None:
         """Take back every general register and the flags of *saved*; what differs is a write."""

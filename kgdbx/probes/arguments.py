@@ -10,7 +10,7 @@ from kgdbx.errors import MemoryFault, ProbeError
 from kgdbx.probes.probe import Hit, Point
 from kgdbx.symbols.kernel import Kernel
 
-__all__ = ("argument_suppliers", "frame_of", "return_value_supplier")
+__all__ = ("argument_suppliers", "return_value_supplier")
 
 _INTEGERS = (drgn.TypeKind.INT, drgn.TypeKind.BOOL, drgn.TypeKind.ENUM, drgn.TypeKind.POINTER)
 _AGGREGATES = (drgn.TypeKind.STRUCT, drgn.TypeKind.UNION, drgn.TypeKind.CLASS)
@@ -46,7 +46,7 @@ def return_value_supplier(kernel: Kernel, point: Point) -> Callable[[Hit], drgn.
     if kind is drgn.TypeKind.VOID:
         return lambda hit: None
     if kind in _AGGREGATES:
-        size = result.size
+        size = drgn.sizeof(result)
         if size <= 16:
             return lambda hit: drgn.Object.from_bytes_(
                 program,
@@ -57,25 +57,10 @@ def return_value_supplier(kernel: Kernel, point: Point) -> Callable[[Hit], drgn.
     return lambda hit: _scalar(program, result, hit.regs.rax)
 
 
-def frame_of(hit: Hit) -> drgn.StackFrame:
-    """The innermost frame at a hit, for variables by name.
-
-    :raises LookupError: if it cannot be unwound
-    """
-    program = hit.kernel.program
-    values = {
-        member.name: hit.regs[member.name]
-        for member in program.type("struct pt_regs").members
-        if member.name is not None and member.name in hit.regs
-    }
-    trace = program.stack_trace(drgn.Object(program, "struct pt_regs", value=values))
-    return trace[0]
-
-
 def _entry_suppliers(kernel: Kernel, type_: drgn.Type) -> dict[str, Callable[[Hit], drgn.Object]]:
     program = kernel.program
     result = _bare(type_.type)
-    in_memory = result.kind in _AGGREGATES and result.size > 16
+    in_memory = result.kind in _AGGREGATES and drgn.sizeof(result) > 16
     parameters = [_abi_parameter(p.type) for p in type_.parameters]
     suppliers: dict[str, Callable[[Hit], drgn.Object]] = {}
     for parameter, location in zip(
@@ -104,7 +89,7 @@ def _in_registers(
 ) -> Callable[[Hit], drgn.Object]:
     def supply(hit: Hit) -> drgn.Object:
         raw = b"".join(hit.regs[name].to_bytes(8, "little") for name in registers)
-        return drgn.Object.from_bytes_(program, type_, raw[: type_.size])
+        return drgn.Object.from_bytes_(program, type_, raw[: drgn.sizeof(type_)])
 
     return supply
 
@@ -118,7 +103,7 @@ def _on_stack(
 def _frame_supplier(name: str) -> Callable[[Hit], drgn.Object]:
     def supply(hit: Hit) -> drgn.Object:
         try:
-            return frame_of(hit)[name]
+            return hit.stack_trace()[0][name]
         except (KeyError, LookupError) as e:
             raise ProbeError(
                 f"no variable {name!r} at {hit.kernel.symbolize(hit.address)}", errno.ENOENT
@@ -134,13 +119,13 @@ def _frame_parameters(kernel: Kernel, point: Point) -> list[str]:
     name = point.inlined or point.function.name.partition(".")[0]
     try:
         function = kernel.program.function(name)
-    except LookupError:
+    except (LookupError, drgn.BadDataError):
         return []
     return [p.name for p in function.type_.parameters if p.name]
 
 
 def _scalar(program: drgn.Program, type_: drgn.Type, value: int) -> drgn.Object:
-    bits = 8 * type_.size
+    bits = 8 * drgn.sizeof(type_)
     value &= (1 << bits) - 1
     bare = _bare(type_)
     if bare.kind is drgn.TypeKind.BOOL:
@@ -156,11 +141,12 @@ def _scalar(program: drgn.Program, type_: drgn.Type, value: int) -> drgn.Object:
 def _abi_parameter(type_: drgn.Type) -> Parameter:
     bare = _bare(type_)
     if bare.kind is drgn.TypeKind.FLOAT:
-        return Parameter(bare.size, ParameterKind.FLOAT)
+        return Parameter(drgn.sizeof(bare), ParameterKind.FLOAT)
     if bare.kind in _AGGREGATES:
-        return Parameter(bare.size, ParameterKind.STRUCT)
+        return Parameter(drgn.sizeof(bare), ParameterKind.STRUCT)
     if bare.kind in _INTEGERS:
-        return Parameter(bare.size, alignment_bytes=16 if bare.size == 16 else 8)
+        size = drgn.sizeof(bare)
+        return Parameter(size, alignment_bytes=16 if size == 16 else 8)
     return Parameter(8)  # arrays and functions decay to pointers
 
 

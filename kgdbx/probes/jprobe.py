@@ -10,7 +10,7 @@ from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.context import context_suppliers
 from kgdbx.probes.handler import Supplier
 from kgdbx.probes.kprobe import Kprobe, KprobeAttachment
-from kgdbx.probes.probe import Point
+from kgdbx.probes.probe import Hit, Point
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Jprobe", "JprobeReturn", "jprobe_return")
@@ -68,6 +68,12 @@ class _JprobeAttachment(KprobeAttachment):
     def _suppliers(self, kernel: Kernel, point: Point) -> dict[str, Supplier]:
         # Here the function's own names win: a jprobe has its signature.
         return {**context_suppliers(self.probe), **argument_suppliers(kernel, point)}
+
+    def before(self, hit: Hit) -> bool:
+        entered = hit.regs.copy()
+        skip = super().before(hit)
+        hit.regs.restore(entered)
+        return skip
 
 
 def _observing(entry: Callable[..., Any]) -> Callable[..., Any]:

@@ -176,9 +176,7 @@ class ProbeManager:
 
     def _run_site(self, site: Site, hit: Hit) -> None:
         if site.watches_returns:
-            for instance in self.returns.returning(hit.task.address, hit.regs.rsp):
-                instance.entry.returned(hit, instance)
-            self._note_idle(site)
+            self._run_returns(site, hit)
         attachments = tuple(a for a in site.attachments if a.probe.active)
         skip = any(a.probe.active and a.before(hit) for a in attachments)
         if hit.regs.rip != site.address:
@@ -189,6 +187,13 @@ class ProbeManager:
             for attachment in attachments:
                 if attachment.probe.active:
                     attachment.after(hit)
+
+    def _run_returns(self, site: Site, hit: Hit) -> None:
+        for instance in self.returns.returning(hit.task.address, hit.regs.rsp):
+            if instance.rp.active:
+                instance.entry.returned(hit, instance)
+        if site.watches_returns:
+            self._note_idle(site)
 
     def _on_watchpoint(self, hit: Hit, stop: Stop) -> None:
         assert stop.address is not None
@@ -239,8 +244,8 @@ class ProbeManager:
                 raise ProbeError(f"there is no variable {watch.where!r}", errno.ENOENT)
             watch.address = address
         watch.prepare(self.kernel)
-        self.kernel.target.insert_breakpoint(watch.breakpoint_kind, watch.address, watch.size_bytes)
-        watch.inserted = True
+        if not any(other.register == watch.register for other in self._watches):
+            self.kernel.target.insert_breakpoint(*watch.register)
         self._watches.append(watch)
         watch.state = State.ENABLED
 
@@ -248,19 +253,17 @@ class ProbeManager:
         if isinstance(probe, Watch):
             if probe in self._watches:
                 self._watches.remove(probe)
-                self.kernel.target.remove_breakpoint(
-                    probe.breakpoint_kind, probe.address, probe.size_bytes
-                )
+                if not any(other.register == probe.register for other in self._watches):
+                    self.kernel.target.remove_breakpoint(*probe.register)
             return
         if isinstance(probe, Kretprobe):
             self.returns.forget(probe)
         for site in tuple(self._sites.values()):
             site.attachments = [a for a in site.attachments if a.probe is not probe]
-            if site.watches_returns:
-                self._note_idle(site)
+            if isinstance(probe, Kretprobe) and not self.returns.is_awaited(site.address):
+                site.watches_returns = False
+                self._idle_returns.pop(site.address, None)
             self._retire_if_unused(site)
-        if not any(isinstance(p, Kretprobe) and p is not probe for p in self._probes):
-            self._retire_idle_returns(0)
 
     def _site(self, address: int, kind: BreakpointKind) -> Site:
         site = self._sites.get(address)

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
+import drgn
+
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError
 from kgdbx.probes.time_limit import time_limit
@@ -101,6 +103,19 @@ class Hit:
             self._task = self.kernel.current.task(self.regs)
         return self._task
 
+    def stack_trace(self) -> drgn.StackTrace:
+        """The stack that led here, with the true return addresses: nothing on it is patched.
+
+        :raises ValueError: if it cannot be unwound
+        """
+        program = self.kernel.program
+        values = {
+            member.name: self.regs[member.name]
+            for member in program.type("struct pt_regs").members
+            if member.name is not None and member.name in self.regs
+        }
+        return program.stack_trace(drgn.Object(program, "struct pt_regs", value=values))
+
     def stop(self) -> None:
         """Leave the kernel standing after this hit."""
         self.stop_requested = True
@@ -158,7 +173,7 @@ class Probe(abc.ABC):
         self._registered().disable(self)
 
     def _registered(self) -> "ProbeManager":
-        if self.manager is None:
+        if self.manager is None or self.state in (State.NEW, State.UNREGISTERED):
             raise ProbeError(f"probe {self.name!r} is not registered", errno.EINVAL)
         return self.manager
 

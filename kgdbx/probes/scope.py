@@ -6,7 +6,6 @@ import drgn
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError, SymbolError
-from kgdbx.probes.arguments import frame_of
 from kgdbx.probes.handler import Supplier
 from kgdbx.probes.probe import Hit
 from kgdbx.symbols.kernel import Kernel
@@ -30,7 +29,7 @@ class KernelScope:
     def symbol(self, name: str) -> drgn.Object:
         try:
             return self.kernel.program[name]
-        except KeyError:
+        except (KeyError, drgn.BadDataError):  # the latter for assembler
             address = self.kernel.object_address(name)
             if address is None:
                 raise LookupError(name) from None
@@ -76,7 +75,7 @@ class HitScope(KernelScope):
         if supplier is not None:
             value: drgn.Object = supplier(self._now)
             return value
-        return frame_of(self._now)[name]
+        return self._now.stack_trace()[0][name]
 
     def register(self, name: str) -> int:
         return self._now.regs[name]

@@ -10,6 +10,12 @@ from kgdbx.errors import HandlerTimeout
 
 __all__ = ("time_limit",)
 
+# Interrupted between a packet and its answer, every later answer would be taken for another one;
+# interrupted in the manager, a breakpoint could be in the guest and in no list.
+_WHOLE = ("kgdbx.target.", "kgdbx.probes.manager", "kgdbx.probes.site")
+_CALLER = "kgdbx.probes.probe"
+_RETRY_S = 0.001
+
 
 @contextlib.contextmanager
 def time_limit(limit_s: float | None) -> Iterator[None]:
@@ -25,6 +31,9 @@ def time_limit(limit_s: float | None) -> Iterator[None]:
         return
 
     def expired(signum: int, frame: FrameType | None) -> None:
+        if _is_whole(frame):
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
+            return
         raise HandlerTimeout(
             f"handlers ran longer than {limit_s:g} s with the guest stopped; do the work on a "
             "queue after the hit, or raise the limit (handler_limit_s)"
@@ -37,3 +46,16 @@ def time_limit(limit_s: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def _is_whole(frame: FrameType | None) -> bool:
+    # Whether the handler is in something that must not be left half done. What called the handler
+    # is no part of that.
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(_WHOLE):
+            return True
+        if module == _CALLER:
+            break
+        frame = frame.f_back
+    return False

@@ -25,7 +25,7 @@ class Watch(Probe):
 
     The handler runs after the access, with ``regs.ip`` at the next instruction, and names ``old``
     and ``new`` (unsigned values before and after), ``p``, ``regs``, ``hit``, ``task``, ``cpu``,
-    ``kernel``. One debug register is used for each watch; x86 has four.
+    ``kernel``. Each watched place takes a debug register, of which x86 has four.
 
     :param where: name of a kernel variable, or an address
     :param handler: runs after each access
@@ -55,7 +55,6 @@ class Watch(Probe):
         self.address = 0
         self.old = 0
         self.new = 0
-        self.inserted = False
         self._call: Callable[[Hit], Any] | None = None
 
     @property
@@ -80,6 +79,11 @@ class Watch(Probe):
 
     def attachments(self) -> tuple[Attachment, ...]:
         return ()
+
+    @property
+    def register(self) -> tuple[BreakpointKind, int, int]:
+        """What its debug register holds; watches of the same share one."""
+        return self.breakpoint_kind, self.address, self.size_bytes
 
     def covers(self, address: int) -> bool:
         """Whether an access at an address is one that is watched."""

@@ -134,7 +134,9 @@ def exec_(out: TextIO, args: argparse.Namespace) -> int:
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not words:
         raise CommandError("give a command to run")
-    completed = find_vm(args.name).execute(" ".join(words), timeout_s=args.timeout)
+    vm = find_vm(args.name)
+    vm.wait_booted(args.timeout)  # what is sent before the guest listens is lost
+    completed = vm.execute(" ".join(words), timeout_s=args.timeout)
     out.write(completed.output)
     return completed.status
 

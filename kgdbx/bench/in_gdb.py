@@ -1,0 +1,66 @@
+"""The part of the measurements that runs inside gdb."""
+
+import json
+import time
+from pathlib import Path
+
+import gdb
+
+from kgdbx.bench.stop_tier import FUNCTION, hits_per_second
+from kgdbx.gdb.attach import connect
+from kgdbx.machine.vm import find_vm
+from kgdbx.session import Session
+
+__all__ = ("main",)
+
+_WARM_UP = 20
+
+
+class _Plain(gdb.Breakpoint):  # type: ignore[misc]
+    # What a user of gdb's Python writes today.
+    def __init__(self, address: int, hits: int) -> None:
+        super().__init__(f"*{address:#x}", internal=True)
+        self.silent = True
+        self.left = hits + _WARM_UP
+        self.wanted = hits
+        self.start = 0.0
+        self.elapsed = 0.0
+
+    def stop(self) -> bool:
+        self.left -= 1
+        if self.left == self.wanted:
+            self.start = time.perf_counter()
+        elif self.left == 0:
+            self.elapsed = time.perf_counter() - self.start
+            return True
+        return False
+
+
+def main(vm: str, what: str, hits: int, result: str) -> None:
+    """Measure hits a second in this gdb.
+
+    :param what: ``plain`` for a bare gdb breakpoint, or a column of the guide
+    :param result: file to write to
+    """
+    if what == "plain":
+        rate = _plain(vm, hits)
+    else:
+        session = connect(vm, None)
+        try:
+            rate = hits_per_second(session, what, hits)
+        finally:
+            session.close()
+    Path(result).write_text(json.dumps({"hits_per_s": rate}))
+
+
+def _plain(vm: str, hits: int) -> float:
+    info = find_vm(vm).info
+    with Session.attach_vm(info) as session:
+        address = session.kernel.functions(FUNCTION)[0].address
+    gdb.execute(f"target remote {info.gdb_socket}", to_string=True)
+    plain = _Plain(address, hits)
+    gdb.execute("continue", to_string=True)
+    rate = hits / plain.elapsed
+    plain.delete()
+    gdb.execute("detach", to_string=True)
+    return rate

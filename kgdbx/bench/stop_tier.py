@@ -1,0 +1,203 @@
+"""Probes on the stop tier, beside gdb's breakpoints and the kernel's own kprobe events.
+
+The workload is one thread that calls getpgid(0) in a loop on a VM with one vCPU: QEMU drops all
+translated code at each stop, so what runs between two hits decides what a hit costs, and the
+tightest loop shows our share best.
+"""
+
+import collections
+import functools
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kgdbx.bench.figure import Figure, figure, ratio
+from kgdbx.errors import MachineError
+from kgdbx.gdb_launch import gdb_argv
+from kgdbx.machine.snapshot import clone, make_template
+from kgdbx.machine.vm import Vm, configure
+from kgdbx.probes.jprobe import Jprobe
+from kgdbx.probes.kprobe import Kprobe
+from kgdbx.probes.kretprobe import Kretprobe
+from kgdbx.probes.probe import Probe
+from kgdbx.session import Session
+from kgdbx.target.base import BreakpointKind, Stop
+
+__all__ = ("COLUMNS", "FUNCTION", "column_probes", "hits_per_second", "measure")
+
+FUNCTION = "do_getpgid"  # long do_getpgid(pid_t pid), kernel/sys.c
+COLUMNS = ("k", "j", "r", "kr", "jr")
+"""The kprobes guide's columns: kprobe, jprobe, kretprobe, and both at one function."""
+
+_ENDLESS = "caller 1 1000000000000"
+_HITS = 400
+_CALLS = 20000
+_GDB_S = 120
+_WARM_UP = 20
+# The kernel has no jprobes any more: a kprobe event that fetches the argument does their work.
+_KERNEL_EVENTS = {
+    "k": ("p:k/e {f}",),
+    "j": ("p:k/e {f} pid=%di",),
+    "r": ("r:k/e {f}",),
+    "kr": ("p:k/e {f}", "r:k/f {f}"),
+    "jr": ("p:k/e {f} pid=%di", "r:k/f {f}"),
+}
+
+
+def measure(rounds: int) -> Iterator[Figure]:
+    """All figures of the stop tier.
+
+    :param rounds: how often everything is measured, in turn, on one VM
+    """
+    samples: dict[str, list[float]] = collections.defaultdict(list)
+    with clone(make_template(configure("6.1", smp=1))) as vm:
+        workload = vm.start(_ENDLESS)
+        for _ in range(rounds):
+            for name, run in _variants(vm).items():
+                samples[name].append(run())
+        workload.discard()
+        kernel = {column: _kernel_cost_us(vm, column, rounds) for column in COLUMNS}
+    gdb, stop = samples["gdb.plain"], samples["stop.k"]
+    yield ratio("probes.stop.vs_gdb", stop, gdb)
+    yield ratio("probes.stop.vs_roundtrip", stop, samples["roundtrip"])
+    yield ratio("probes.gdb.vs_gdb", samples["gdb.k"], gdb)
+    yield figure("probes.gdb.plain_hits_per_s", gdb, "1/s")
+    yield figure("probes.roundtrips_per_s", samples["roundtrip"], "1/s")
+    for face in ("stop", "gdb"):
+        for column in COLUMNS:
+            # Calls a second, whatever number of stops a call has; the call itself is nothing.
+            costs = (1e6 / rate for rate in samples[f"{face}.{column}"])
+            yield figure(f"probes.{face}.{column}_us", costs, "us")
+    for column in COLUMNS:
+        yield figure(f"probes.kernel.{column}_us", kernel[column], "us")
+
+
+def column_probes(column: str) -> tuple[list[Probe], Probe]:
+    """The probes of a column, and the one whose hits count the calls."""
+    probes: list[Probe] = []
+    if "k" in column:
+        probes.append(Kprobe(FUNCTION, lambda p, regs: None))
+    if "j" in column:
+        probes.append(Jprobe(FUNCTION, lambda pid: None))
+    if "r" in column:
+        probes.append(Kretprobe(FUNCTION, lambda ri, regs: None))
+    return probes, probes[-1]
+
+
+def hits_per_second(session: Session, column: str, hits: int = _HITS) -> float:
+    """Calls a second with the probes of a column on a session."""
+    probes, counted = column_probes(column)
+    for probe in probes:
+        session.register(probe)
+    try:
+        return _rate(session, lambda: counted.hits, hits)
+    finally:
+        for probe in reversed(probes):
+            probe.unregister()
+
+
+def _rate(session: Session, hits: Callable[[], int], wanted: int) -> float:
+    marks: list[tuple[float, int]] = []
+
+    def on_stop(stop: Stop) -> bool:
+        going = session.probes.on_stop(stop)
+        done = hits()
+        if not marks and done >= _WARM_UP:
+            marks.append((time.perf_counter(), done))
+        return going and done < wanted + _WARM_UP
+
+    if session.target.run(on_stop, _GDB_S) is None:
+        raise MachineError(f"fewer than {wanted} hits in {_GDB_S} s")
+    start, first = marks[0]
+    return (hits() - first) / (time.perf_counter() - start)
+
+
+def _variants(vm: Vm) -> dict[str, Callable[[], float]]:
+    variants: dict[str, Callable[[], float]] = {
+        "gdb.plain": functools.partial(_in_gdb, vm, "plain"),
+        "stop.k": functools.partial(_headless, vm, "k"),
+        "roundtrip": functools.partial(_roundtrips, vm),
+        "gdb.k": functools.partial(_in_gdb, vm, "k"),
+    }
+    for column in COLUMNS[1:]:
+        variants[f"stop.{column}"] = functools.partial(_headless, vm, column)
+        variants[f"gdb.{column}"] = functools.partial(_in_gdb, vm, column)
+    return variants
+
+
+def _headless(vm: Vm, column: str) -> float:
+    with Session.attach_vm(vm.info) as session:
+        return hits_per_second(session, column)
+
+
+def _roundtrips(vm: Vm) -> float:
+    # The least that a stop can cost on this stub: note it, move past the breakpoint, go on.
+    with Session.attach_vm(vm.info) as session:
+        target = session.target
+        address = session.kernel.functions(FUNCTION)[0].address
+        target.insert_breakpoint(BreakpointKind.SOFTWARE, address)
+        registers = target.read_registers(target.cpus()[0])
+        done, start = 0, 0.0
+
+        def on_stop(stop: Stop) -> bool:
+            nonlocal done, start
+            registers.rip = address + 5
+            target.write_registers(stop.cpu, registers)
+            done += 1
+            if done == _WARM_UP:
+                start = time.perf_counter()
+            return done < _HITS + _WARM_UP
+
+        target.run(on_stop, _GDB_S)
+        return _HITS / (time.perf_counter() - start)
+
+
+def _in_gdb(vm: Vm, what: str) -> float:
+    with tempfile.TemporaryDirectory(prefix="kgdbx-bench-") as directory:
+        result = Path(directory) / "result.json"
+        code = (
+            "import kgdbx.bench.in_gdb as b; "
+            f"b.main({vm.name!r}, {what!r}, {_HITS}, {str(result)!r})"
+        )
+        done = subprocess.run(
+            [*gdb_argv(), "-batch", "-ex", f"python {code}"],
+            capture_output=True,
+            text=True,
+            timeout=_GDB_S,
+            check=False,
+        )
+        if not result.exists():
+            raise MachineError(f"gdb measured nothing: {done.stdout}{done.stderr}")
+        return float(json.loads(result.read_text())["hits_per_s"])
+
+
+def _kernel_cost_us(vm: Vm, column: str, rounds: int) -> list[float]:
+    # The guest's own clock, as no one stops it: with the events and without, in turn.
+    trace = "/sys/kernel/tracing"
+    define = "; ".join(
+        f"echo '{text.format(f=FUNCTION)}' >> {trace}/kprobe_events"
+        for text in _KERNEL_EVENTS[column]
+    )
+    costs = []
+    for _ in range(rounds):
+        bare = _ns_per_call(vm)
+        _guest(vm, f"{define}; echo 1 > {trace}/events/k/enable")
+        try:
+            costs.append((_ns_per_call(vm) - bare) / 1000)
+        finally:
+            _guest(vm, f"echo 0 > {trace}/events/k/enable; echo > {trace}/kprobe_events")
+    return costs
+
+
+def _ns_per_call(vm: Vm) -> int:
+    return int(_guest(vm, f"caller 1 {_CALLS}").split()[1])
+
+
+def _guest(vm: Vm, command: str) -> str:
+    done = vm.execute(command, timeout_s=_GDB_S)
+    if done.status:
+        raise MachineError(f"{command!r} in the guest failed: {done.output}")
+    return done.output

@@ -1,0 +1,38 @@
+"""bench: measure, one line a figure."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from kgdbx.bench import stop_tier
+from kgdbx.bench.figure import Figure
+from kgdbx.commands.program import PROGRAM_COMMANDS
+from kgdbx.commands.registry import argument
+from kgdbx.render import json_line
+
+_BENCHES: dict[str, Callable[[int], Iterator[Figure]]] = {"probes": stop_tier.measure}
+
+
+@PROGRAM_COMMANDS.command(
+    name="bench",
+    summary="Measure on a VM of our own, and print the medians.",
+    description="Ratios (unit x) are of runs that followed one another on the same VM.",
+    arguments=(
+        argument("names", nargs="+", choices=tuple(_BENCHES), metavar="NAME", help="probes"),
+        argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
+        argument("--json", action="store_true", help="one JSON object a line"),
+    ),
+)
+def bench(out: TextIO, args: argparse.Namespace) -> None:
+    for name in args.names:
+        for each in _BENCHES[name](args.rounds):
+            if args.json:
+                print(json_line(dataclasses.asdict(each)), file=out, flush=True)
+            else:
+                print(
+                    f"{each.name:<32} {each.value:>10.4g} {each.unit:<4} "
+                    f"({each.runs} runs, {each.min:.4g} to {each.max:.4g})",
+                    file=out,
+                    flush=True,
+                )

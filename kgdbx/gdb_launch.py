@@ -1,0 +1,25 @@
+"""How gdb is started with kgdbx in it."""
+
+import os
+import sys
+from pathlib import Path
+
+import kgdbx
+
+__all__ = ("gdb_argv",)
+
+
+def gdb_argv(*, load: bool = False) -> list[str]:
+    """The start of a gdb command line, with this Python's packages on gdb's ``sys.path``.
+
+    gdb's Python must be of the same minor version as this one; see ``kgdbx doctor``.
+
+    :param load: register kgdbx's commands too
+    """
+    here = Path(kgdbx.__file__).resolve().parent.parent
+    # The environment's own packages only: gdb's Python has a standard library of its own.
+    paths = [str(here), *(p for p in sys.path if p.endswith(("site-packages", "dist-packages")))]
+    code = f"import sys; sys.path += [p for p in {paths!r} if p not in sys.path]"
+    if load:
+        code += "; import kgdbx.gdb.load; kgdbx.gdb.load.load()"
+    return [os.environ.get("KGDBX_GDB", "gdb"), "-nx", "-q", "-iex", f"python {code}"]
