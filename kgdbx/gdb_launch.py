@@ -20,6 +20,7 @@ def gdb_argv(*, load: bool = False) -> list[str]:
     # The environment's own packages only: gdb's Python has a standard library of its own.
     paths = [str(here), *(p for p in sys.path if p.endswith(("site-packages", "dist-packages")))]
     code = f"import sys; sys.path += [p for p in {paths!r} if p not in sys.path]"
+    code += "; import kgdbx.gdb"
     if load:
-        code += "; import kgdbx.gdb.load; kgdbx.gdb.load.load()"
+        code += ", kgdbx.gdb.load; kgdbx.gdb.load.load()"
     return [os.environ.get("KGDBX_GDB", "gdb"), "-nx", "-q", "-iex", f"python {code}"]
