@@ -9,6 +9,7 @@ from kgdbx.commands.context import Context
 from kgdbx.commands.registry import Command
 from kgdbx.errors import KgdbxError
 from kgdbx.machine.vm import list_vms
+from kgdbx.session import Session
 
 __all__ = ("complete",)
 
@@ -22,35 +23,44 @@ def complete(command: Command, context: Context, text: str, word: str) -> list[s
     :param word: its last word as gdb splits words
     """
     words = text.split(" ")
+    piece = words[-1]
+    candidates = _candidates(command, context, words)
+    if isinstance(candidates, int):
+        return candidates
+    # gdb's word begins behind the last - or : of ours, and it wants the rest of it only.
+    cut = len(piece) - len(word)
+    matching = (name[cut:] for name in candidates if name.startswith(piece))
+    return list(itertools.islice(matching, _MOST))
+
+
+def _candidates(command: Command, context: Context, words: list[str]) -> Iterable[str] | int:
     if words[-1].startswith("-"):
-        options = [n for a in command.arguments for n in a.names if n.startswith("--")]
-        return _matching([o.removeprefix("--") for o in options], word)
+        return [n for a in command.arguments for n in a.names if n.startswith("--")]
     positional = [a for a in command.arguments if not a.names[0].startswith("-")]
     given = [w for w in words[:-1] if w and not w.startswith("-")]
     if not positional:
-        return gdb.COMPLETE_NONE
+        return int(gdb.COMPLETE_NONE)
     argument = positional[min(len(given), len(positional) - 1)]
     if argument.completes == "file":
-        return gdb.COMPLETE_FILENAME
+        return int(gdb.COMPLETE_FILENAME)
     if argument.completes == "vm":
-        return _matching([vm.name for vm in list_vms()], word)
-    if not context.attached:
-        return gdb.COMPLETE_NONE
-    session = context.session
-    if argument.completes == "probe":
-        return _matching([probe.name for probe in session.probes], word)
-    try:
-        if argument.completes == "function" and given:
-            return _matching(session.parameter_names(given[0]), word)
-        if argument.completes == "function":
-            module, colon, _ = words[-1].rpartition(":")
-            return _matching(session.function_names(module if colon else None), word)
-        if argument.completes == "variable":
-            return _matching(session.kernel.vmlinux.names(), word)
-    except KgdbxError:
-        return gdb.COMPLETE_NONE
-    return gdb.COMPLETE_NONE
+        return [vm.name for vm in list_vms()]
+    if context.attached:
+        try:
+            return _kernel_names(context.session, argument.completes, given, words[-1])
+        except KgdbxError:
+            pass  # half a word need not mean anything
+    return int(gdb.COMPLETE_NONE)
 
 
-def _matching(names: Iterable[str], word: str) -> list[str]:
-    return list(itertools.islice((name for name in names if name.startswith(word)), _MOST))
+def _kernel_names(session: Session, what: str, given: list[str], piece: str) -> Iterable[str]:
+    if what == "probe":
+        return [probe.name for probe in session.probes]
+    if what == "variable":
+        return session.kernel.vmlinux.names()
+    if what != "function":
+        return ()
+    if given:
+        return session.parameter_names(given[0])
+    module, colon, _ = piece.rpartition(":")
+    return (f"{module}{colon}{name}" for name in session.function_names(module or None))

@@ -134,6 +134,8 @@ def exec_(out: TextIO, args: argparse.Namespace) -> int:
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not words:
         raise CommandError("give a command to run")
+    if words[0].startswith("-"):
+        raise CommandError(f"options such as {words[0]} go before the name of the VM")
     vm = find_vm(args.name)
     vm.wait_booted(args.timeout)  # what is sent before the guest listens is lost
     completed = vm.execute(" ".join(words), timeout_s=args.timeout)
