@@ -9,6 +9,7 @@ from kgdbx.commands.context import Context
 from kgdbx.commands.session import SESSION_COMMANDS
 from kgdbx.gdb.attach import connect
 from kgdbx.gdb.command import GdbCommand, Prefix
+from kgdbx.gdb.leave import leave
 from kgdbx.gdb.output import GdbOutput, gdb_style
 from kgdbx.gdb.parameters import DebugParameter
 
@@ -37,4 +38,4 @@ def load() -> None:
             GdbCommand(name, command, context, debug)
     with contextlib.suppress(gdb.error):  # taken: the long name is always there
         gdb.execute("alias -- kx = kgdbx", to_string=True)
-    gdb.events.gdb_exiting.connect(lambda event: context.detach())
+    gdb.events.gdb_exiting.connect(lambda event: leave(context))

@@ -198,6 +198,22 @@ def test_killed_gdb_leaves_a_guest_that_can_be_attached(endless: Vm) -> None:
     assert is_unpatched(endless)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_gdb_that_is_ended_lets_the_guest_run_on(endless: Vm, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        gdb_argv(load=True), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"kgdbx attach {endless.name}\nkgdbx kprobe {FUNCTION}\ncontinue\n")
+        process.stdin.flush()
+        while "caller-" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        process.communicate(timeout=20)
+    # Nobody attaches here: the guest runs because nothing stops it.
+    assert endless.execute("echo alive").output == "alive\n"
+
+
 def test_settings_are_restored(vm: Vm) -> None:
     names = ("confirm", "pagination", "breakpoint pending", "height", "print symbol")
     shows = [f"show {name}" for name in names]
