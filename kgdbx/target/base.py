@@ -112,7 +112,8 @@ class Target(abc.ABC):
     def read_physical(self, address: int, size_bytes: int) -> bytes:
         """Read guest-physical memory.
 
-        :raises MemoryFault: if any byte is not RAM
+        :raises MemoryFault: if any byte is not RAM; QEMU's stub alone, without the guest's RAM
+            seen from the host, gives zeros instead
         :raises Unsupported: if the transport reaches virtual memory only
         """
 

@@ -1,12 +1,12 @@
 """A kernel behind QEMU's gdbstub, driven over the remote serial protocol without gdb."""
 
 import errno
-import re
 import time
 from collections.abc import Callable
 
-from kgdbx.arch.registers import DEFAULT_LAYOUT, RegisterLayout, Registers
-from kgdbx.errors import MemoryFault, ProbeError, ProtocolError, TargetLost, Unsupported
+from kgdbx.arch.registers import Registers
+from kgdbx.errors import ProbeError, ProtocolError, TargetLost, Unsupported
+from kgdbx.target import stub
 from kgdbx.target.base import BreakpointKind, Capabilities, Stop, StopReason, Target
 from kgdbx.target.packet import PacketConnection, connect_stream
 from kgdbx.target.ram import GuestRam
@@ -15,7 +15,6 @@ __all__ = ("RspTarget",)
 
 _ANSWER_S = 5.0
 _DEBUG_REGISTERS = 4
-_WATCH_KEYS = ("watch", "rwatch", "awatch")
 
 
 class RspTarget(Target):
@@ -38,27 +37,28 @@ class RspTarget(Target):
         self._breakpoints: set[tuple[BreakpointKind, int, int]] = set()
         self._queued: list[bytes] = []  # packets whose answer must be OK, sent with the next one
         self._owed = 0  # OKs that were not read yet
+        self._unanswered = 0  # packets whose answer did not come in time, or not yet
         self._running = False
         self._closed = False
         self._register_thread: int | None = None
         self._connection = self._clean_connection()
         try:
             self._packet_bytes = self._handshake()
-            self._stop = self._parse_stop(self._exchange(b"?"))
+            self._stop = stub.parse_stop(self._exchange(b"?"))
             self._threads = self._list_threads()
-            self._layout = self._read_layout()
+            self._layout = stub.read_layout(self._exchange, self._packet_bytes)
+            physical = ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
+            self._capabilities = Capabilities(
+                hardware_breakpoints=_DEBUG_REGISTERS,
+                software_breakpoints=None,
+                physical_memory=physical,
+                reads_while_running=ram is not None,
+                single_cpu_step=b"s" in self._exchange(b"vCont?"),
+                clock_stops=True,
+            )
         except BaseException:
             self._connection.close()
             raise
-        physical = ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
-        self._capabilities = Capabilities(
-            hardware_breakpoints=_DEBUG_REGISTERS,
-            software_breakpoints=None,
-            physical_memory=physical,
-            reads_while_running=ram is not None,
-            single_cpu_step=b"s" in self._exchange(b"vCont?"),
-            clock_stops=True,
-        )
 
     @property
     def name(self) -> str:
@@ -114,34 +114,20 @@ class RspTarget(Target):
 
     def _read(self, address: int, size_bytes: int, *, physical: bool) -> bytes:
         self._require_stopped("memory through the stub")
-        data = bytearray()
-        chunk = (self._packet_bytes - 16) // 2
-        while len(data) < size_bytes:
-            want = min(chunk, size_bytes - len(data))
-            reply = self._exchange(b"m%x,%x" % (address + len(data), want))
-            if reply.startswith(b"E") or not reply:
-                raise MemoryFault(address, size_bytes, physical=physical)
-            part = _unhex(reply)
-            if len(part) > want:
-                raise ProtocolError(f"the stub answered {len(part)} bytes where {want} were asked")
-            data += part
-        return bytes(data)
+        return stub.read_memory(
+            self._exchange, self._packet_bytes, address, size_bytes, physical=physical
+        )
 
     def _write(self, address: int, data: bytes, *, physical: bool) -> None:
         self._require_stopped("memory through the stub")
-        chunk = (self._packet_bytes - 48) // 2
-        for offset in range(0, len(data), chunk):
-            part = data[offset : offset + chunk]
-            packet = b"M%x,%x:%b" % (address + offset, len(part), part.hex().encode())
-            if self._exchange(packet) != b"OK":
-                raise MemoryFault(address, len(data), physical=physical, write=True)
+        stub.write_memory(self._exchange, self._packet_bytes, address, data, physical=physical)
 
     # Registers
 
     def read_registers(self, cpu: int) -> Registers:
         self._require_stopped("registers")
         self._select(cpu)
-        return Registers(self._layout.unpack(_unhex(self._exchange(b"g"))))
+        return Registers(self._layout.unpack(stub.decode_hex(self._exchange(b"g"))))
 
     def write_registers(self, cpu: int, registers: Registers) -> None:
         self._require_stopped("registers")
@@ -208,6 +194,13 @@ class RspTarget(Target):
         self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
     ) -> Stop | None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            return self._run(on_stop, deadline)
+        except TargetLost:
+            self._running = False  # what is asked next fails for the same reason
+            raise
+
+    def _run(self, on_stop: Callable[[Stop], bool] | None, deadline: float | None) -> Stop | None:
         while True:
             self.resume()
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -234,7 +227,11 @@ class RspTarget(Target):
 
     def _await_stop(self) -> bytes:
         while True:
-            packet = self._connection.receive(self._answer_s)
+            try:
+                packet = self._connection.receive(self._answer_s)
+            except TargetLost:
+                self._running = False
+                raise
             if not self._settle(packet):
                 return packet
 
@@ -249,7 +246,7 @@ class RspTarget(Target):
 
     def _stopped(self, packet: bytes) -> Stop:
         self._running = False
-        self._stop = self._parse_stop(packet)
+        self._stop = stub.parse_stop(packet)
         self._register_thread = self._stop.cpu  # gdb_set_stop_cpu() in gdbstub/gdbstub.c
         return self._stop
 
@@ -292,19 +289,28 @@ class RspTarget(Target):
         self._connection.send(b"qSupported:multiprocess+;xmlRegisters=i386;vContSupported+")
         while True:
             reply = self._connection.receive(self._answer_s)
-            if size := re.search(rb"PacketSize=([0-9a-fA-F]+)", reply):
-                return max(256, min(int(size[1], 16), 1 << 16))
+            if size := stub.max_packet_bytes(reply):
+                return size
             if not reply.startswith((b"T", b"S")):
                 raise ProtocolError(f"{self.name} answers {reply[:40]!r}; is this a gdb stub?")
 
     def _exchange(self, packet: bytes) -> bytes:
         queued, self._queued = self._queued, []
+        late = self._unanswered
+        self._unanswered += len(queued) + 1
         self._connection.send(*queued, packet)
+        for _ in range(late):
+            self._answer()
         for _ in queued:
-            reply = self._connection.receive(self._answer_s)
+            reply = self._answer()
             if reply != b"OK":
                 raise ProtocolError(f"the stub refuses to write a register: {reply!r}")
-        return self._connection.receive(self._answer_s)
+        return self._answer()
+
+    def _answer(self) -> bytes:
+        reply = self._connection.receive(self._answer_s)
+        self._unanswered -= 1
+        return reply
 
     def _expect_ok(self, packet: bytes) -> None:
         reply = self._exchange(packet)
@@ -317,25 +323,7 @@ class RspTarget(Target):
         while reply.startswith(b"m"):
             threads += reply[1:].split(b",")
             reply = self._exchange(b"qsThreadInfo")
-        return {_cpu_of(thread): thread for thread in threads} or {0: b"p1.1"}
-
-    def _read_layout(self) -> RegisterLayout:
-        target = self._transfer_features("target.xml")
-        if not target:
-            return DEFAULT_LAYOUT
-        includes = re.findall(r'<xi:include href="([^"]+)"', target)
-        documents = [self._transfer_features(name) for name in includes] or [target]
-        return RegisterLayout.from_target_xml(documents)
-
-    def _transfer_features(self, annex: str) -> str:
-        data = b""
-        while len(data) < 1 << 20:
-            offset_length = b"%x,%x" % (len(data), self._packet_bytes - 16)
-            reply = self._exchange(b"qXfer:features:read:%b:%b" % (annex.encode(), offset_length))
-            data += reply[1:]
-            if not reply.startswith(b"m"):
-                return data.decode("ascii", "replace") if reply.startswith(b"l") else ""
-        raise ProtocolError(f"the stub's target description {annex} has no end")
+        return {stub.cpu_of(thread): thread for thread in threads} or {0: b"p1.1"}
 
     def _select(self, cpu: int | None) -> None:
         cpu = self._stop.cpu if cpu is None else cpu
@@ -345,37 +333,6 @@ class RspTarget(Target):
             self._expect_ok(b"Hg" + self._threads[cpu])
             self._register_thread = cpu
 
-    def _parse_stop(self, packet: bytes) -> Stop:
-        if packet[:1] in (b"W", b"X"):
-            return Stop(0, StopReason.EXITED, signal=0)
-        try:
-            if packet[:1] not in (b"T", b"S"):
-                raise ValueError
-            signal = int(packet[1:3], 16)
-            fields = dict(
-                field.split(":", 1) for field in packet[3:].decode("ascii").split(";") if field
-            )
-            cpu = _cpu_of(fields.get("thread", "1").encode())
-            for key in _WATCH_KEYS:
-                if key in fields:
-                    return Stop(cpu, StopReason.WATCHPOINT, int(fields[key], 16), signal)
-        except ValueError as e:
-            raise ProtocolError(f"the stub answers {packet[:60]!r} for a stop") from e
-        reasons = {2: StopReason.INTERRUPT, 0: StopReason.INTERRUPT, 5: StopReason.TRAP}
-        return Stop(cpu, reasons.get(signal, StopReason.SIGNAL), None, signal)
-
     def _require_stopped(self, what: str) -> None:
         if self._running:
             raise Unsupported(f"{what} needs a stopped kernel; interrupt it first")
-
-
-def _cpu_of(thread: bytes) -> int:
-    # "p01.02" or "2": QEMU's thread numbers are vCPU index + 1.
-    return max(0, int(thread.rpartition(b".")[2], 16) - 1)
-
-
-def _unhex(data: bytes) -> bytes:
-    try:
-        return bytes.fromhex(data.decode("ascii").replace("x", "0"))
-    except ValueError as e:
-        raise ProtocolError(f"the stub answers {data[:40]!r} where hex digits belong") from e
