@@ -40,7 +40,7 @@ PLAIN = Style()
 COLOUR = Style("\x1b[1m", "\x1b[36m", "\x1b[32m", "\x1b[31m", "\x1b[0m")
 
 
-def pick_style(stream: TextIO, when: str = "auto") -> Style:
+def pick_style(stream: TextIO | None, when: str = "auto") -> Style:
     """Colour for a stream: on a terminal, unless ``NO_COLOR`` is set (no-color.org).
 
     :param when: ``auto``, ``always`` or ``never``
@@ -49,7 +49,7 @@ def pick_style(stream: TextIO, when: str = "auto") -> Style:
         return COLOUR
     if when == "never" or os.environ.get("NO_COLOR"):
         return PLAIN
-    if os.environ.get("CLICOLOR_FORCE", "0") != "0" or stream.isatty():
+    if os.environ.get("CLICOLOR_FORCE", "0") != "0" or (stream is not None and stream.isatty()):
         return COLOUR
     return PLAIN
 

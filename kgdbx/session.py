@@ -219,6 +219,7 @@ class Session:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._limit = None if count is None else self._emitted + count
         done = threading.Event()
+        self.target.forget_stop_request()
         with _stop_on_signals(self.target, done), _stop_at_end(self.target, command, done):
             while not done.is_set():
                 remaining = None if deadline is None else deadline - time.monotonic()
@@ -343,9 +344,9 @@ def _stop_on_signals(target: Target, done: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for number in caught:
-        if number != signal.SIGINT:
-            raise SystemExit(128 + number)
+    for signum in caught:
+        if signum != signal.SIGINT:
+            raise SystemExit(128 + signum)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ __all__ = ("main",)
 _WARM_UP = 20
 
 
-class _Plain(gdb.Breakpoint):  # type: ignore[misc]
+class _Plain(gdb.Breakpoint):
     # What a user of gdb's Python writes today.
     def __init__(self, address: int, hits: int) -> None:
         super().__init__(f"*{address:#x}", internal=True)

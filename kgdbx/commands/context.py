@@ -1,7 +1,7 @@
 """What a session command works on: the session, and where its output goes."""
 
 from collections.abc import Callable
-from typing import TextIO
+from typing import Protocol
 
 from kgdbx.errors import CommandError
 from kgdbx.probes.event import Event
@@ -9,7 +9,17 @@ from kgdbx.probes.probe import HandlerFault, Probe
 from kgdbx.render import Style, event_line
 from kgdbx.session import Session
 
-__all__ = ("Context",)
+__all__ = ("Context", "Output")
+
+
+class Output(Protocol):
+    """Where text goes: a file, or gdb's own streams."""
+
+    def write(self, text: str, /) -> int:
+        """Write text."""
+
+    def flush(self) -> None:
+        """Show what was written."""
 
 
 class Context:
@@ -21,7 +31,7 @@ class Context:
 
     def __init__(
         self,
-        out: TextIO,
+        out: Output,
         connect: Callable[[str, str | None], Session],
         style: Style,
     ) -> None:

@@ -117,6 +117,8 @@ def _frame_supplier(name: str) -> Callable[[Hit], drgn.Object]:
 def _frame_parameters(kernel: Kernel, point: Point) -> list[str]:
     # What an inlined copy or a clone can be asked for: the parameters of the source function.
     name = point.inlined or point.function.name.partition(".")[0]
+    if not kernel.vmlinux.has_debug_info:
+        return []
     try:
         function = kernel.program.function(name)
     except (LookupError, drgn.BadDataError):

@@ -97,7 +97,6 @@ class _Recorder:
         )
         self._emit(event, hit)
 
-
     def _symbolize(self, address: int, hit: Hit) -> str:
         # A function returns to few places, and each is a search in the symbol table.
         if address not in self._known:

@@ -96,7 +96,10 @@ class Kretprobe(Probe):
 
 def default_maxactive(kernel: Kernel) -> int:
     """``maxactive`` as register_kretprobe() in kernel/kprobes.c chooses it."""
-    cpus = int(drgn.helpers.linux.cpumask.num_possible_cpus(kernel.program))
+    if kernel.memory.booted:
+        cpus = int(drgn.helpers.linux.cpumask.num_possible_cpus(kernel.program))
+    else:
+        cpus = kernel.memory.read_u32(kernel.address("nr_cpu_ids"))  # NR_CPUS until it is known
     # CONFIG_PREEMPTION is a macro; this function exists only with it.
     return max(10, 2 * cpus) if kernel.vmlinux.lookup("preempt_schedule") else cpus
 

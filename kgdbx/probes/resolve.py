@@ -6,7 +6,6 @@ from kgdbx.arch.instruction import MAX_INSTRUCTION_BYTES, decode_all
 from kgdbx.errors import MemoryFault, ProbeError, SymbolError
 from kgdbx.probes.definition import ProbeDefinition, parse_definition
 from kgdbx.probes.probe import Point
-from kgdbx.symbols.dwarf import inlined_instances
 from kgdbx.symbols.elf import ElfSymbols, near_names
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.lines import line_addresses
@@ -149,7 +148,7 @@ def _inlined_copies(
         return (), ()
     assert place.function is not None
     try:
-        sites = inlined_instances(kernel.vmlinux.path, place.function, _INLINE_SEARCH_S)
+        sites = kernel.inlined_instances(place.function, _INLINE_SEARCH_S)
     except SymbolError:
         return (), ()  # whether there is such a function at all, the symbol table tells
     points: list[Point] = []

@@ -75,7 +75,11 @@ class HitScope(KernelScope):
         if supplier is not None:
             value: drgn.Object = supplier(self._now)
             return value
-        return self._now.stack_trace()[0][name]
+        frame = self._now.stack_trace()[0]
+        if name not in frame.locals():
+            # drgn would go on to the file's globals, where a mere declaration is an absent object.
+            raise LookupError(name)
+        return frame[name]
 
     def register(self, name: str) -> int:
         return self._now.regs[name]

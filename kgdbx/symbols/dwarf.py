@@ -1,18 +1,16 @@
-"""DWARF entries of an ELF file, and where a function was inlined.
+"""DWARF entries of an ELF file: what drgn has no function for.
 
 drgn reads types and finds lines; it does not say where the compiler put the bodies of inlined
-functions. A kernel has 170 MB of entries, so nothing here reads them all: a name's offset in
-``.debug_str`` is searched in the bytes of ``.debug_info``, and only units with a hit are parsed.
+functions, nor the addresses of a line. A kernel has 170 MB of entries, so nothing here reads them
+all: a name's offset in ``.debug_str`` is searched in the bytes of ``.debug_info``, and only units
+with a hit are parsed.
 """
 
 import bisect
-import dataclasses
 import functools
 import itertools
 import mmap
-import posixpath
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,62 +18,39 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from elftools.common.exceptions import ELFError
-from elftools.dwarf.enums import (
-    ENUM_DW_AT,
-    ENUM_DW_FORM,
-    ENUM_DW_LNCT,
-    ENUM_DW_RLE,
-    ENUM_DW_TAG,
-)
+from elftools.dwarf.enums import ENUM_DW_AT, ENUM_DW_RLE, ENUM_DW_TAG
 from elftools.elf.elffile import ELFFile
 
 from kgdbx.errors import SymbolError
-
-__all__ = (
-    "ATTRIBUTE",
-    "TAG",
-    "DebugFile",
-    "Entry",
-    "InlineSite",
-    "InlineSites",
-    "LineHeader",
-    "Unit",
-    "inlined_instances",
-    "read_sleb",
-    "read_uleb",
+from kgdbx.symbols.dwarf_data import (
+    FORM,
+    FORM_SIZES,
+    ULEB_FORMS,
+    find_all,
+    read_sleb,
+    read_string,
+    read_uleb,
+    write_uleb,
 )
+from kgdbx.symbols.line_table import LineHeader, read_line_header
+
+__all__ = ("ATTRIBUTE", "DebugFile", "Entry", "TAG", "Unit")
 
 ATTRIBUTE: dict[str, int] = ENUM_DW_AT
 TAG: dict[str, int] = ENUM_DW_TAG
-_FORM: dict[str, int] = {name.removeprefix("DW_FORM_"): n for name, n in ENUM_DW_FORM.items()}
 
 _NAME, _SIBLING = ATTRIBUTE["DW_AT_name"], ATTRIBUTE["DW_AT_sibling"]
 _LOW_PC, _HIGH_PC = ATTRIBUTE["DW_AT_low_pc"], ATTRIBUTE["DW_AT_high_pc"]
 _RANGES, _ENTRY_PC = ATTRIBUTE["DW_AT_ranges"], ATTRIBUTE["DW_AT_entry_pc"]
 _ABSTRACT_ORIGIN = ATTRIBUTE["DW_AT_abstract_origin"]
-_CALL_FILE, _CALL_LINE = ATTRIBUTE["DW_AT_call_file"], ATTRIBUTE["DW_AT_call_line"]
 _STMT_LIST = ATTRIBUTE["DW_AT_stmt_list"]
-_INLINED, _SUBPROGRAM = TAG["DW_TAG_inlined_subroutine"], TAG["DW_TAG_subprogram"]
+_SUBPROGRAM = TAG["DW_TAG_subprogram"]
 
-_SIZES = {
-    _FORM[name]: size
-    for size, names in {
-        0: "flag_present implicit_const",
-        1: "data1 flag ref1",
-        2: "data2 ref2",
-        4: "data4 ref4 strp sec_offset ref_addr line_strp ref_sup4 strp_sup GNU_ref_alt"
-        " GNU_strp_alt",
-        8: "addr data8 ref8 ref_sig8 ref_sup8",
-        16: "data16",
-    }.items()
-    for name in names.split()
-}
-_LOCAL_REFERENCES = {_FORM[f"ref{kind}"] for kind in ("1", "2", "4", "8", "_udata")}
-_ADDR, _STRING, _STRP, _LINE_STRP = (_FORM[n] for n in ("addr", "string", "strp", "line_strp"))
-_SDATA, _IMPLICIT_CONST, _INDIRECT = (_FORM[n] for n in ("sdata", "implicit_const", "indirect"))
-_ULEBS = {_FORM["udata"], _FORM["ref_udata"]}
-_BLOCKS = {_FORM["block1"]: 1, _FORM["block2"]: 2, _FORM["block4"]: 4}
-_ULEB_BLOCKS = {_FORM["block"], _FORM["exprloc"]}
+_LOCAL_REFERENCES = {FORM[f"ref{kind}"] for kind in ("1", "2", "4", "8", "_udata")}
+_ADDR, _STRING, _STRP, _LINE_STRP = (FORM[n] for n in ("addr", "string", "strp", "line_strp"))
+_SDATA, _IMPLICIT_CONST, _INDIRECT = (FORM[n] for n in ("sdata", "implicit_const", "indirect"))
+_BLOCKS = {FORM["block1"]: 1, FORM["block2"]: 2, FORM["block4"]: 4}
+_ULEB_BLOCKS = {FORM["block"], FORM["exprloc"]}
 
 # gcc puts a name into .debug_info itself when that is not longer than an offset into .debug_str
 _LONGEST_INLINE_NAME = 3
@@ -132,121 +107,6 @@ class Entry(NamedTuple):
     name: str
     numbers: dict[int, int]
     forms: dict[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class LineHeader:
-    """The head of a unit's line number program.
-
-    :ivar files: by the number that ``DW_AT_decl_file`` and the program use
-    :ivar program: the program's bytes
-    """
-
-    version: int
-    minimum_instruction_length: int
-    default_is_stmt: bool
-    line_base: int
-    line_range: int
-    operand_counts: tuple[int, ...]
-    files: tuple[str, ...]
-    program: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class InlineSite:
-    """One place where a function's body was put into another function.
-
-    :ivar address: its first instruction: link-time address; in a ``.ko`` the offset in *section*
-    :ivar function: the function with a symbol of its own that holds it
-    :ivar file: source file of the call; empty if not known
-    :ivar line: 1-based line of the call; 0 if not known
-    :ivar section: name of the section in a ``.ko``, else empty
-    """
-
-    address: int
-    function: str
-    file: str
-    line: int
-    section: str
-
-
-@dataclasses.dataclass(frozen=True)
-class InlineSites:
-    """Where a function was inlined.
-
-    :ivar sites: by section and address
-    :ivar truncated: whether the search was ended by its deadline, so that there may be more
-    """
-
-    name: str
-    sites: tuple[InlineSite, ...]
-    truncated: bool
-
-
-def inlined_instances(path: Path, name: str, timeout_s: float | None = None) -> InlineSites:
-    """Every place where a function was inlined and left code.
-
-    :param path: vmlinux, or a module's ``.ko`` with debug information
-    :param timeout_s: stop searching after this many seconds; a header's function is in more than
-        a thousand source files
-    :raises SymbolError: if the file has no function of this name, or no debug information
-    """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    debug = DebugFile(path)
-    origins: set[int] = set()
-    found: dict[int, InlineSite] = {}
-    truncated = False
-    for unit, hits in debug.units_at(debug.name_offsets(name)):
-        if truncated := deadline is not None and time.monotonic() > deadline:
-            break
-        named = unit.functions_named(name, hits)
-        references = itertools.chain.from_iterable(
-            _find_all(unit.data, struct.pack("<I", origin - unit.start)) for origin in named
-        )
-        origins.update(named)
-        found.update(_sites(unit, origins, sorted(references)))
-    if not origins and not truncated:
-        raise SymbolError(f"{path.name} has no function {name!r}", symbol=name)
-    # Only link-time optimization makes references from one unit to another.
-    if not truncated and debug.may_refer_across_units():
-        for unit, hits in debug.units_at(debug.find_words(origins)):
-            if truncated := deadline is not None and time.monotonic() > deadline:
-                break
-            found.update(_sites(unit, origins, hits))
-    sites = sorted(found.values(), key=lambda site: (site.section, site.address))
-    return InlineSites(name, tuple(sites), truncated)
-
-
-def _sites(unit: "Unit", origins: set[int], references: list[int]) -> dict[int, InlineSite]:
-    """Inlined instances of *origins* by offset; *references* are the places that may name one."""
-    sites: dict[int, InlineSite] = {}
-    if not references:
-        return sites
-
-    def has_reference(start: int, end: int) -> bool:
-        at = bisect.bisect_left(references, start)
-        return at < len(references) and references[at] < end
-
-    for position, tag, parents in unit.walk(has_reference):
-        if position > references[-1]:
-            break
-        if tag != _INLINED:
-            continue
-        entry = unit.entry(position)
-        address = unit.entry_address(entry)
-        if entry.numbers.get(_ABSTRACT_ORIGIN) not in origins or address is None:
-            continue
-        around = map(unit.entry, reversed(parents))
-        function = next((e for e in around if e.tag == _SUBPROGRAM), unit.root)
-        section, offset = unit.debug.split_address(address)
-        sites[unit.start + position] = InlineSite(
-            offset,
-            unit.function_name(function),
-            unit.file(entry.numbers.get(_CALL_FILE)),
-            entry.numbers.get(_CALL_LINE, 0),
-            section,
-        )
-    return sites
 
 
 class DebugFile:
@@ -384,9 +244,9 @@ class DebugFile:
         """Offsets in ``.debug_info`` where a name may stand, some of them by chance."""
         text = name.encode() + b"\0"
         # The linker lets a string share the end of a longer one: do_open is also in x86_do_open.
-        offsets = self.find_words(_find_all(bytes(self._sections[".debug_str"]), text))
+        offsets = self.find_words(find_all(bytes(self._sections[".debug_str"]), text))
         if len(name) <= _LONGEST_INLINE_NAME:
-            offsets += _find_all(bytes(self.info), text)
+            offsets += find_all(bytes(self.info), text)
         return offsets
 
     def find_words(self, words: Iterable[int]) -> list[int]:
@@ -409,12 +269,12 @@ class DebugFile:
 
     def may_refer_across_units(self) -> bool:
         """Whether some DW_AT_abstract_origin may be a DW_FORM_ref_addr."""
-        pair = bytes((_ABSTRACT_ORIGIN, _FORM["ref_addr"]))
+        pair = bytes((_ABSTRACT_ORIGIN, FORM["ref_addr"]))
         return pair in bytes(self._sections[".debug_abbrev"])
 
     def string(self, section: str, offset: int) -> str:
         """The NUL-terminated string at an offset in a section."""
-        return _string(self._sections[section], offset)[0]
+        return read_string(self._sections[section], offset)[0]
 
     def abbreviations(self, offset: int) -> dict[int, _Abbreviation]:
         data = self._sections[".debug_abbrev"]
@@ -473,7 +333,7 @@ class DebugFile:
 
     def line_header(self, offset: int) -> LineHeader:
         """The head of the line number program at an offset in ``.debug_line``."""
-        return _line_header(self, self._sections[".debug_line"], offset)
+        return read_line_header(self.string, self._sections[".debug_line"], offset)
 
 
 class Unit:
@@ -565,7 +425,7 @@ class Unit:
         A position inside of another entry may be among them, by chance.
         """
         names = [
-            (_write_uleb(code), abbreviation.name, abbreviation.name_form)
+            (write_uleb(code), abbreviation.name, abbreviation.name_form)
             for code, abbreviation in self._abbreviations.items()
             if abbreviation.tag == _SUBPROGRAM and abbreviation.name >= 0
         ]
@@ -627,7 +487,7 @@ class Unit:
     def _value(self, form: int, at: int) -> tuple[int | str, int]:
         """The value of a form, and where it ends; blocks are 0."""
         data = self.data
-        size = _SIZES.get(form)
+        size = FORM_SIZES.get(form)
         if size is not None:
             # an attribute of no size is a flag
             value = int.from_bytes(data[at : at + size], "little") if size else 1
@@ -637,8 +497,8 @@ class Unit:
                 return self.debug.string(".debug_line_str", value), at + size
             return value + (self.start if form in _LOCAL_REFERENCES else 0), at + size
         if form == _STRING:
-            return _string(data, at)
-        if form in _ULEBS:
+            return read_string(data, at)
+        if form in ULEB_FORMS:
             value, at = read_uleb(data, at)
             return value + (self.start if form in _LOCAL_REFERENCES else 0), at
         if form == _SDATA:
@@ -662,14 +522,14 @@ def _abbreviation(
 ) -> _Abbreviation:
     size, sibling, name, name_form = 0, -1, -1, 0
     for attribute, form, _ in attributes:
-        if attribute == _SIBLING and form == _FORM["ref4"]:
+        if attribute == _SIBLING and form == FORM["ref4"]:
             sibling = size
         if attribute == _NAME:
             name, name_form = size, form
-        if form not in _SIZES:
+        if form not in FORM_SIZES:
             size = -1
             break
-        size += _SIZES[form]
+        size += FORM_SIZES[form]
     return _Abbreviation(tag, has_children, tuple(attributes), size, sibling, name, name_form)
 
 
@@ -686,128 +546,3 @@ def _relocate(
             places = relocations["offset"][chosen] + np.uint64(byte)
             image[places] = (values[chosen] >> np.uint64(8 * byte)).astype(np.uint8)
     return memoryview(image.tobytes())
-
-
-def _line_header(debug: DebugFile, data: memoryview, offset: int) -> LineHeader:
-    length, version = struct.unpack_from("<IH", data, offset)
-    end = offset + 4 + length
-    at = offset + (8 if version >= 5 else 6)
-    (header_length,) = struct.unpack_from("<I", data, at)
-    at += 4
-    program = bytes(data[at + header_length : end])
-    minimum = data[at]
-    at += 2 if version >= 4 else 1  # over the VLIW operations per instruction
-    default_is_stmt, line_base, line_range, opcode_base = struct.unpack_from("<BbBB", data, at)
-    at += 4
-    counts = tuple(data[at : at + opcode_base - 1])
-    at += opcode_base - 1
-    files = _files(debug, data, at) if version >= 5 else _old_files(data, at)
-    return LineHeader(
-        version, minimum, bool(default_is_stmt), line_base, line_range, counts, files, program
-    )
-
-
-def _files(debug: DebugFile, data: memoryview, at: int) -> tuple[str, ...]:
-    directories, at = _file_table(debug, data, at)
-    files, _ = _file_table(debug, data, at)
-    names = [name for name, _ in directories]
-    return tuple(_path(names, name, directory) for name, directory in files)
-
-
-def _file_table(debug: DebugFile, data: memoryview, at: int) -> tuple[list[tuple[str, int]], int]:
-    """Names and directory numbers of a version 5 table, and where it ends."""
-    formats, at = [], at + 1
-    for _ in range(data[at - 1]):
-        kind, at = read_uleb(data, at)
-        form, at = read_uleb(data, at)
-        formats.append((kind, form))
-    count, at = read_uleb(data, at)
-    rows = []
-    for _ in range(count):
-        name, directory = "", 0
-        for kind, form in formats:
-            value: int | str = 0
-            if form == _STRING:
-                value, at = _string(data, at)
-            elif form in _ULEBS:
-                value, at = read_uleb(data, at)
-            else:
-                size = _SIZES[form]
-                value = int.from_bytes(data[at : at + size], "little")
-                at += size
-                if form in (_STRP, _LINE_STRP):
-                    section = ".debug_str" if form == _STRP else ".debug_line_str"
-                    value = debug.string(section, value)
-            if kind == ENUM_DW_LNCT["DW_LNCT_path"] and isinstance(value, str):
-                name = value
-            elif kind == ENUM_DW_LNCT["DW_LNCT_directory_index"] and isinstance(value, int):
-                directory = value
-        rows.append((name, directory))
-    return rows, at
-
-
-def _old_files(data: memoryview, at: int) -> tuple[str, ...]:
-    """The file table of versions 2 to 4, where files and directories count from 1."""
-    directories, files = [""], [""]
-    while data[at]:
-        name, at = _string(data, at)
-        directories.append(name)
-    at += 1
-    while data[at]:
-        name, at = _string(data, at)
-        directory, at = read_uleb(data, at)
-        _, at = read_uleb(data, at)  # time of last change
-        _, at = read_uleb(data, at)  # size
-        files.append(_path(directories, name, directory))
-    return tuple(files)
-
-
-def _path(directories: list[str], name: str, directory: int) -> str:
-    """A file's path, relative to the directory of the compilation if it lies below that."""
-    if directory >= len(directories):
-        return name
-    path = posixpath.normpath(posixpath.join(directories[directory], name))
-    return path.removeprefix(directories[0].rstrip("/") + "/") if directories[0] else path
-
-
-def _find_all(data: bytes, text: bytes) -> list[int]:
-    found = []
-    at = data.find(text)
-    while at >= 0:
-        found.append(at)
-        at = data.find(text, at + 1)
-    return found
-
-
-def _string(data: bytes | memoryview, at: int) -> tuple[str, int]:
-    end = at
-    while data[end]:
-        end += 1
-    return bytes(data[at:end]).decode("utf-8", "replace"), end + 1
-
-
-def read_uleb(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """The unsigned LEB128 number at a position, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def read_sleb(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """The signed LEB128 number at a position, and where it ends."""
-    value, end = read_uleb(data, at)
-    bits = 7 * (end - at)
-    return value - (1 << bits) if value >> bits - 1 else value, end
-
-
-def _write_uleb(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*encoded, value))

@@ -2,6 +2,7 @@
 
 from kgdbx.errors import BuildIdMismatch, MemoryFault, SymbolError
 from kgdbx.symbols.elf import ElfSymbols, build_id_from_notes
+from kgdbx.symbols.memory import read_mapped
 from kgdbx.target.base import BreakpointKind, Target
 
 __all__ = ("check_build_id", "find_slide", "run_to_kernel_entry")
@@ -29,9 +30,9 @@ def find_slide(target: Target, vmlinux: ElfSymbols) -> int | None:
     for cpu in target.cpus():
         for slide in _slides():
             try:
-                if target.read_memory(banner + slide, len(_BANNER), cpu=cpu) != _BANNER:
+                if read_mapped(target, cpu, banner + slide, len(_BANNER)) != _BANNER:
                     continue
-                if target.read_memory(banner + slide, len(expected), cpu=cpu) == expected:
+                if read_mapped(target, cpu, banner + slide, len(expected)) == expected:
                     return slide
             except MemoryFault:
                 continue
@@ -47,7 +48,7 @@ def check_build_id(target: Target, vmlinux: ElfSymbols, slide: int) -> None:
     """
     start = vmlinux.address("__start_notes") + slide
     size = vmlinux.address("__stop_notes") + slide - start
-    found = build_id_from_notes(target.read_memory(start, size))
+    found = build_id_from_notes(_read_anywhere(target, start, size))
     found = found or _scan_build_id(target)
     if found != vmlinux.build_id:
         raise BuildIdMismatch(str(vmlinux.path), vmlinux.build_id, found)
@@ -89,6 +90,15 @@ def _slides() -> range:
     return range(0, _SLIDES * _SLIDE_STEP, _SLIDE_STEP)
 
 
+def _read_anywhere(target: Target, address: int, size_bytes: int) -> bytes:
+    for cpu in target.cpus():
+        try:
+            return read_mapped(target, cpu, address, size_bytes)
+        except MemoryFault:
+            continue
+    raise MemoryFault(address, size_bytes)
+
+
 def _scan_build_id(target: Target) -> str:
     # The build ID of a kernel whose layout is unknown: the first GNU note of its mapped image
     # that is not inside an ELF image, which would be the vDSO.
@@ -96,7 +106,7 @@ def _scan_build_id(target: Target) -> str:
         data = bytearray()
         for address in range(_IMAGE_START, _IMAGE_END, _SCAN_BYTES):
             try:
-                data += target.read_memory(address, _SCAN_BYTES, cpu=cpu)
+                data += read_mapped(target, cpu, address, _SCAN_BYTES)
             except MemoryFault:
                 if data:
                     break

@@ -8,6 +8,7 @@ import drgn
 
 from kgdbx.errors import MemoryFault, SymbolError
 from kgdbx.symbols.elf import ElfSymbols, Symbol, near_names
+from kgdbx.symbols.inlines import InlineSites, inlined_instances
 from kgdbx.symbols.kaslr import check_build_id, find_slide, run_to_kernel_entry
 from kgdbx.symbols.memory import KernelMemory
 from kgdbx.symbols.modules import LoadedModule, Modules
@@ -64,6 +65,7 @@ class Kernel:
         self.slide = slide
         self._ram_end = ram_end
         self._debug_modules = debug_modules
+        self._inlined: dict[str, InlineSites] = {}
         self.memory = KernelMemory(target, vmlinux, slide)
         self.memory.attach(ram_end)
 
@@ -131,7 +133,7 @@ class Kernel:
         found = tuple(
             Function(name, self._slid(s.address), self._size(s))
             for s in self.vmlinux.lookup(name)
-            if s.is_function
+            if _is_code(s)
         )
         if not found:
             found = tuple(f for loaded in self.modules for f in self._in_module(loaded, name))
@@ -144,7 +146,7 @@ class Kernel:
         link = address - self.slide
         if self.vmlinux.address("_text") <= link < self.vmlinux.address("_end"):
             symbol = self.vmlinux.containing(link)
-            if symbol is None:
+            if symbol is None or not _is_code(symbol):
                 return None
             return Function(symbol.name, self._slid(symbol.address), self._size(symbol))
         loaded = self.modules.containing(address)
@@ -168,9 +170,10 @@ class Kernel:
     def function_type(self, function: Function) -> drgn.Type | None:
         """C type of a function by its debug information; None if it has none there.
 
-        A clone (``.isra.0``) has no type: its parameters are not those of the source.
+        A clone (``.isra.0``) has no type: its parameters are not those of the source. Nor has
+        assembler: its debug information says that the type is not specified.
         """
-        if "." in function.name:
+        if "." in function.name or not self.vmlinux.has_debug_info:
             return None
         if function.module is not None and not self.modules.load_debug_info(function.module):
             return None
@@ -179,9 +182,22 @@ class Kernel:
             if found.address_ != function.address:
                 location = self.program.source_location(function.address)[-1]
                 found = self.program.function(function.name, location.filename)
-        except LookupError:
+        except (LookupError, drgn.BadDataError):
             return None
         return found.type_
+
+    def inlined_instances(self, name: str, timeout_s: float) -> InlineSites:
+        """Where a function of vmlinux was inlined; each is searched once.
+
+        :param timeout_s: stop searching after this many seconds
+        :raises SymbolError: if there is no function of this name
+        """
+        found = self._inlined.get(name)
+        if found is None:
+            found = inlined_instances(self.vmlinux.path, name, timeout_s)
+            if not found.truncated:
+                self._inlined[name] = found
+        return found
 
     def read_code(self, address: int, size_bytes: int) -> bytes:
         """Live bytes of code: alternatives, jump labels and ftrace have rewritten the file's.
@@ -219,6 +235,11 @@ class Kernel:
         if best is None:
             return None
         return Function(best.name, best.address, best.size_bytes, loaded)
+
+
+def _is_code(symbol: Symbol) -> bool:
+    # Assembler's entry points need not be marked as functions.
+    return symbol.is_function or "text" in symbol.section
 
 
 def _no_function(shown: str, name: str, names: tuple[str, ...]) -> SymbolError:

@@ -5,25 +5,19 @@ the function's unit here, with ``is_stmt``, as perf probe and gdb do.
 """
 
 import dataclasses
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import drgn
 
 from kgdbx.errors import SymbolError
-from kgdbx.symbols.dwarf import ATTRIBUTE, DebugFile, Entry, LineHeader, Unit, read_sleb, read_uleb
+from kgdbx.symbols.dwarf import ATTRIBUTE, DebugFile, Entry, Unit
+from kgdbx.symbols.line_table import line_starts
 
 __all__ = ("Declaration", "LineAddresses", "address_line", "function_declaration", "line_addresses")
 
 _DECL_FILE, _DECL_LINE = ATTRIBUTE["DW_AT_decl_file"], ATTRIBUTE["DW_AT_decl_line"]
 _DECLARATION = ATTRIBUTE["DW_AT_declaration"]
-
-# opcodes of the line number program: DWARF 5, section 7.22
-_END_SEQUENCE, _SET_ADDRESS = 1, 2
-_COPY, _ADVANCE_PC, _ADVANCE_LINE, _SET_FILE = 1, 2, 3, 4
-_NEGATE_STMT, _CONST_ADD_PC, _FIXED_ADVANCE_PC = 6, 8, 9
 
 
 class Declaration(NamedTuple):
@@ -50,14 +44,6 @@ class LineAddresses:
     function_line: int
     line: int
     addresses: tuple[int, ...]
-
-
-class _Row(NamedTuple):
-    address: int
-    file: int
-    line: int
-    is_stmt: bool
-    end_sequence: bool
 
 
 def address_line(program: drgn.Program, address: int) -> tuple[str, int] | None:
@@ -124,7 +110,7 @@ def line_addresses(path: Path, function: int, line: int, section: str = "") -> L
     end = _end_line(unit, file, first)
     starts: dict[int, set[int]] = {}
     if line >= 0 and unit.line_header is not None:
-        for row in _line_starts(unit.line_header, unit.ranges(entry)):
+        for row in line_starts(unit.line_header, unit.ranges(entry)):
             if first + line <= row.line < end and unit.file(row.file) == file:
                 starts.setdefault(row.line, set()).add(debug.split_address(row.address)[1])
     if not starts:
@@ -164,72 +150,3 @@ def _end_line(unit: Unit, file: str, first: int) -> int:
         if (place := _declaration(unit, entry)).file == file and place.line > first
     ]
     return min(later, default=1 << 32)
-
-
-def _line_starts(header: LineHeader, ranges: list[tuple[int, int]]) -> Iterator[_Row]:
-    """Rows inside of *ranges* where another line than before begins."""
-    here: tuple[int, int] | None = None
-    found = False
-    for row in _rows(header):
-        if here != (row.file, row.line):
-            here, found = (row.file, row.line), False
-        # a line goes on over several rows, one for each column
-        if row.is_stmt and not found and not row.end_sequence:
-            found = any(low <= row.address < high for low, high in ranges)
-            if found:
-                yield row
-        if row.end_sequence:
-            here = None
-
-
-def _rows(header: LineHeader) -> Iterator[_Row]:
-    """The rows of the line table, from running its program (DWARF 5, section 6.2)."""
-    program, at = header.program, 0
-    opcode_base = len(header.operand_counts) + 1
-    start = _Row(0, 1, 1, header.default_is_stmt, False)
-    row = start
-
-    def advanced(operations: int) -> int:
-        return row.address + operations * header.minimum_instruction_length
-
-    while at < len(program):
-        opcode = program[at]
-        at += 1
-        if opcode >= opcode_base:
-            operations, lines = divmod(opcode - opcode_base, header.line_range)
-            row = row._replace(
-                address=advanced(operations), line=row.line + header.line_base + lines
-            )
-            yield row
-        elif opcode == 0:
-            size, at = read_uleb(program, at)
-            extended = program[at]
-            if extended == _END_SEQUENCE:
-                yield row._replace(end_sequence=True)
-                row = start
-            elif extended == _SET_ADDRESS:
-                row = row._replace(address=struct.unpack_from("<Q", program, at + 1)[0])
-            at += size
-        elif opcode == _COPY:
-            yield row
-        elif opcode == _ADVANCE_PC:
-            operations, at = read_uleb(program, at)
-            row = row._replace(address=advanced(operations))
-        elif opcode == _ADVANCE_LINE:
-            lines, at = read_sleb(program, at)
-            row = row._replace(line=row.line + lines)
-        elif opcode == _SET_FILE:
-            file, at = read_uleb(program, at)
-            row = row._replace(file=file)
-        elif opcode == _NEGATE_STMT:
-            row = row._replace(is_stmt=not row.is_stmt)
-        elif opcode == _CONST_ADD_PC:
-            operations = (255 - opcode_base) // header.line_range
-            row = row._replace(address=advanced(operations))
-        elif opcode == _FIXED_ADVANCE_PC:
-            (size,) = struct.unpack_from("<H", program, at)
-            row = row._replace(address=row.address + size)
-            at += 2
-        else:
-            for _ in range(header.operand_counts[opcode - 1]):
-                _, at = read_uleb(program, at)

@@ -5,12 +5,13 @@ from kgdbx.errors import MemoryFault, Unsupported
 from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.target.base import Target
 
-__all__ = ("KernelMemory",)
+__all__ = ("KernelMemory", "read_mapped")
 
 _IMAGE_MAP = 0xFFFFFFFF80000000  # __START_KERNEL_map, Documentation/x86/x86_64/mm.rst
 _DIRECT_MAP = 0xFFFF888000000000  # __PAGE_OFFSET_BASE_L4, when the kernel has no variable for it
 _CR3_PCID_AND_PTI = 0x1FFF  # PCID in bits 0-11, the user half of a PTI pair in bit 12
 _CR4_LA57 = 1 << 12
+_USER_MODE = 3  # CPL, in the low bits of cs
 _WORD = (1 << 64) - 1  # phys_base is a difference and may be negative
 
 
@@ -66,15 +67,15 @@ class KernelMemory:
         """
         if self._booted:
             return
+        registers = self._target.read_registers(self._target.cpus()[0])
+        if "cr4" in registers:
+            self._levels = 5 if registers.cr4 & _CR4_LA57 else 4
         self._phys_base = self._stub_u64("phys_base")
         if self._vmlinux.lookup("page_offset_base"):
             self._direct_map = self._stub_u64("page_offset_base")
         self._direct_end = self._direct_map + ram_end
         image = self._vmlinux.address("init_top_pgt") + self._slide
         self._page_table = (image - _IMAGE_MAP + self._phys_base) & _WORD
-        registers = self._target.read_registers(self._target.cpus()[0])
-        if "cr4" in registers:
-            self._levels = 5 if registers.cr4 & _CR4_LA57 else 4
         state = int.from_bytes(self._stub_read("system_state", 4), "little")
         self._booted = state != 0  # SYSTEM_BOOTING, include/linux/kernel.h
 
@@ -139,7 +140,13 @@ class KernelMemory:
 
         :raises MemoryFault: if any byte is not mapped
         """
-        self._target.write_memory(address, data)
+        try:
+            self._target.write_memory(address, data)
+        except MemoryFault:
+            if not (self._booted and self._target.capabilities.physical_memory):
+                raise
+            for physical, start, end in self._pages(self._page_table, address, len(data)):
+                self._target.write_physical(physical, data[start:end])
 
     def to_physical(self, address: int) -> int:
         """Guest-physical address of a kernel virtual address.
@@ -158,16 +165,24 @@ class KernelMemory:
             raise MemoryFault(address, size_bytes) from None
 
     def _walk(self, page_table: int, address: int, size_bytes: int) -> bytes:
-        data = bytearray()
-        while len(data) < size_bytes:
-            at = address + len(data)
-            size = min(size_bytes - len(data), 0x1000 - (at & 0xFFF))
+        return b"".join(
+            self._target.read_physical(physical, end - start)
+            for physical, start, end in self._pages(page_table, address, size_bytes)
+        )
+
+    def _pages(self, page_table: int, address: int, size_bytes: int) -> list[tuple[int, int, int]]:
+        # Physical address of each page's part of a range, and where the part starts and ends.
+        pages: list[tuple[int, int, int]] = []
+        start = 0
+        while start < size_bytes:
+            at = address + start
+            end = min(size_bytes, start + 0x1000 - (at & 0xFFF))
             try:
-                physical = self._translate(page_table, at).physical_address
-                data += self._target.read_physical(physical, size)
+                pages.append((self._translate(page_table, at).physical_address, start, end))
             except MemoryFault:
                 raise MemoryFault(address, size_bytes) from None
-        return bytes(data)
+            start = end
+        return pages
 
     def _translate(self, page_table: int, address: int) -> paging.Translation:
         return paging.translate(self._physical_u64, page_table, address, self._levels)
@@ -179,10 +194,40 @@ class KernelMemory:
         address = self._vmlinux.address(name) + self._slide
         for cpu in self._target.cpus():
             try:
-                return self._target.read_memory(address, size_bytes, cpu=cpu)
+                return read_mapped(self._target, cpu, address, size_bytes)
             except MemoryFault:
-                continue  # this vCPU is in user mode under page-table isolation
+                continue
         raise MemoryFault(address, size_bytes)
 
     def _stub_u64(self, name: str) -> int:
         return int.from_bytes(self._stub_read(name, 8), "little")
+
+
+def read_mapped(target: Target, cpu: int, address: int, size_bytes: int) -> bytes:
+    """Read kernel virtual memory by what a vCPU has mapped, before more is known of the kernel.
+
+    A vCPU in user mode may have next to nothing of it mapped (page-table isolation): then the
+    kernel's half of its pair of page tables is looked at.
+
+    :raises MemoryFault: if any byte is not mapped
+    """
+    try:
+        return target.read_memory(address, size_bytes, cpu=cpu)
+    except MemoryFault:
+        registers = target.read_registers(cpu)
+        in_user_mode = "cr3" in registers and registers.cs & _USER_MODE
+        if not (in_user_mode and target.capabilities.physical_memory):
+            raise
+    levels = 5 if registers.cr4 & _CR4_LA57 else 4
+    data = bytearray()
+    while len(data) < size_bytes:
+        at = address + len(data)
+        page = paging.translate(
+            lambda physical: int.from_bytes(target.read_physical(physical, 8), "little"),
+            registers.cr3 & ~_CR3_PCID_AND_PTI,
+            at,
+            levels,
+        )
+        size = min(size_bytes - len(data), 0x1000 - (at & 0xFFF))
+        data += target.read_physical(page.physical_address, size)
+    return bytes(data)

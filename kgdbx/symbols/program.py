@@ -42,6 +42,8 @@ def make_program(
 
     :raises SymbolError: if *vmlinux* has no debug information
     """
+    if not vmlinux.has_debug_info:
+        raise _no_debug_info(vmlinux)
     banner = vmlinux.read(vmlinux.address("linux_banner"), 256).decode("ascii", "replace")
     program = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
     program.set_linux_kernel_custom(
@@ -66,8 +68,12 @@ def make_program(
     try:
         program.load_debug_info([vmlinux.path])
     except drgn.MissingDebugInfoError as e:
-        raise SymbolError(
-            f"{vmlinux.path} has no debug information; install the kernel's -dbg package",
-            symbol=str(vmlinux.path),
-        ) from e
+        raise _no_debug_info(vmlinux) from e
     return program
+
+
+def _no_debug_info(vmlinux: ElfSymbols) -> SymbolError:
+    return SymbolError(
+        f"{vmlinux.path} has no debug information; install the kernel's -dbg package",
+        symbol=str(vmlinux.path),
+    )

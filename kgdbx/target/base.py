@@ -173,10 +173,14 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def request_stop(self) -> None:
-        """End a :meth:`run` in progress as if its time had passed.
+        """End the :meth:`run` in progress as if its time had passed, or else the next one.
 
         May be called from a signal handler or another thread.
         """
+
+    @abc.abstractmethod
+    def forget_stop_request(self) -> None:
+        """Drop a stop request that came after the run that it was meant for."""
 
     @abc.abstractmethod
     def close(self, *, resume: bool = True) -> None:

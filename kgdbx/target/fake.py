@@ -169,6 +169,9 @@ class FakeTarget(Target):
     def request_stop(self) -> None:
         self._stop_requested = True
 
+    def forget_stop_request(self) -> None:
+        self._stop_requested = False
+
     def run(
         self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
     ) -> Stop | None:

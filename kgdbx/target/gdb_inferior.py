@@ -262,6 +262,9 @@ class GdbTarget(Target):
         if self._run is not None:
             self._post_interrupt(self._run)
 
+    def forget_stop_request(self) -> None:
+        self._stop_requested = False
+
     def run(
         self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
     ) -> Stop | None:
@@ -545,7 +548,7 @@ class _Run:
         self.interrupted = getattr(event, "stop_signal", None) == "SIGINT"
 
 
-class _Breakpoint(gdb.Breakpoint):  # type: ignore[misc]
+class _Breakpoint(gdb.Breakpoint):
     # One of ours, which the user does not see.
 
     def __init__(self, target: GdbTarget, key: _Key) -> None:
@@ -578,7 +581,7 @@ class _Breakpoint(gdb.Breakpoint):  # type: ignore[misc]
             return True
 
 
-class _Written(gdb.Function):  # type: ignore[misc]
+class _Written(gdb.Function):
     # Convenience function of a memory operand that has another value each time.
 
     def __init__(self) -> None:

@@ -128,6 +128,12 @@ class PacketConnection:
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self._wake_write, b"w")
 
+    def forget_wake(self) -> None:
+        """Drop wakes that no receiver has taken."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 64):
+                pass
+
     def close(self) -> None:
         """Close the socket; does nothing the second time."""
         if self._stream.fileno() >= 0:
@@ -155,9 +161,7 @@ class PacketConnection:
             if not ready:
                 return None
             if any(fd == self._wake_read for fd, _ in ready):
-                with contextlib.suppress(BlockingIOError):
-                    while os.read(self._wake_read, 64):
-                        pass
+                self.forget_wake()
                 return None
             self._fill()
 

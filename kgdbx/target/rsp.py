@@ -190,6 +190,9 @@ class RspTarget(Target):
     def request_stop(self) -> None:
         self._connection.wake()
 
+    def forget_stop_request(self) -> None:
+        self._connection.forget_wake()
+
     def run(
         self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
     ) -> Stop | None:

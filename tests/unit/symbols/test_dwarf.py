@@ -10,7 +10,8 @@ from elftools.elf.elffile import ELFFile
 
 from kgdbx.errors import MachineError, SymbolError
 from kgdbx.machine.kernels import find_kernel
-from kgdbx.symbols.dwarf import DebugFile, InlineSite, inlined_instances
+from kgdbx.symbols.dwarf import DebugFile
+from kgdbx.symbols.inlines import InlineSite, inlined_instances
 
 # Each inlined body notes its own address in .sites.<name>.
 _HEADER = """

@@ -1,0 +1,90 @@
+"""Probes that come and go, and runs that are interrupted, while every vCPU hits them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kgdbx.probes.kprobe import Kprobe
+from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance
+from kgdbx.symbols.tasks import Task
+
+GuestOf = Callable[..., Any]
+
+
+def test_registered_and_unregistered_under_fire(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    before = guest.text()
+    hits = [0, 0]
+
+    def entered(task: Task) -> None:
+        assert task.comm.startswith(("caller", "sh"))
+        hits[0] += 1
+
+    def returned(ri: KretprobeInstance) -> None:
+        hits[1] += 1
+
+    command = guest.vm.start("caller 4 4000037")
+    missed = faults = rounds = 0
+    while rounds < 100:
+        assert command.poll() is None
+        guest.session.run(timeout_s=0.004)
+        with (
+            guest.session.register(Kprobe("__x64_sys_getpgid", entered)) as probe,
+            guest.session.register(Kretprobe("do_getpgid", returned)) as rp,
+        ):
+            guest.session.run(timeout_s=0.01)
+            missed += rp.nmissed
+            faults += probe.nfaults + rp.nfaults
+        assert rp.active_instances == []
+        rounds += 1
+    assert (missed, faults) == (0, 0)
+    assert hits[0] > 50 and hits[1] > 10
+    guest.session.run(timeout_s=40, command=command)
+    done = command.wait(5)
+    assert done.output.startswith("4000037 ")
+    assert (guest.text(), guest.session.probes.sites) == (before, ())
+
+
+def test_no_hit_is_lost_by_runs_that_end_all_the_time(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    counts = {"entry": 0, "return": 0}
+
+    def counting(what: str) -> Callable[[Task], None]:
+        def handler(task: Task) -> None:
+            counts[what] += task.comm.startswith("caller-")
+
+        return handler
+
+    guest.session.register(Kprobe("__x64_sys_getpgid", counting("entry")))
+    rp = guest.session.register(Kretprobe("__x64_sys_getpgid", counting("return")))
+    command = guest.vm.start("caller 4 1009")
+    runs = 0
+    while command.poll() is None:
+        guest.session.run(timeout_s=0.002 * (1 + runs % 7))
+        runs += 1
+        assert runs < 20_000
+    assert command.wait(5).output.startswith("1009 ")
+    assert counts == {"entry": 1009, "return": 1009}
+    assert (rp.nmissed, rp.active_instances) == (0, [])
+    assert runs > 50
+
+
+def test_no_hit_is_lost_while_another_probe_comes_and_goes(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    counts = [0, 0]
+
+    def entered(task: Task) -> None:
+        if task.comm.startswith("caller-"):
+            counts[0] += 1
+            if counts[0] % 5 == 0:
+                passing.append(guest.session.register(Kprobe("do_getpgid+5")))
+            elif passing:
+                passing.pop().unregister()
+
+    def returned(task: Task) -> None:
+        counts[1] += task.comm.startswith("caller-")
+
+    passing: list[Any] = []
+    guest.session.register(Kprobe("__x64_sys_getpgid", entered))
+    guest.session.register(Kretprobe("__x64_sys_getpgid", returned))
+    assert guest.run("caller 4 503").startswith("503 ")
+    assert counts == [503, 503]

@@ -1,0 +1,102 @@
+"""Attaching with the symbols of a running kernel, or with others."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kgdbx.errors import BuildIdMismatch, ProbeError, SymbolError
+from kgdbx.machine.kernels import find_kernel
+from kgdbx.probes.jprobe import Jprobe
+from kgdbx.probes.kprobe import Kprobe
+from kgdbx.probes.kretprobe import Kretprobe
+from kgdbx.session import Session
+from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.target.rsp import RspTarget
+
+CloneOf = Callable[..., Any]
+
+
+def attach(vm: Any, vmlinux: Path) -> Session:
+    return Session.attach(RspTarget(str(vm.info.gdb_socket)), vmlinux)
+
+
+def test_vmlinux_of_another_kernel(clone_of: CloneOf) -> None:
+    vm = clone_of("6.1", 2)
+    other = find_kernel("6.12").vmlinux
+    with pytest.raises(BuildIdMismatch) as caught:
+        attach(vm, other)
+    running = ElfSymbols(vm.info.vmlinux).build_id
+    assert caught.value.expected == ElfSymbols(other).build_id
+    assert caught.value.found == running
+    assert str(caught.value) == (
+        f"{other} has build ID {caught.value.expected}, the running kernel has {running}; "
+        "give the vmlinux of the running kernel"
+    )
+    assert vm.execute("echo alive").output == "alive\n"
+
+
+def test_vmlinux_without_debug_information(clone_of: CloneOf, tmp_path: Path) -> None:
+    vm = clone_of("6.1", 2)
+    stripped = tmp_path / "vmlinux"
+    subprocess.run(
+        ["objcopy", "--strip-debug", str(vm.info.vmlinux), str(stripped)], check=True, timeout=60
+    )
+    message = f"{stripped} has no debug information; install the kernel's -dbg package"
+    with attach(vm, stripped) as session:
+        # Addresses and registers work; whatever has a type says what is missing.
+        assert session.kernel.symbolize(session.kernel.address("vfs_read")).startswith("vfs_read+")
+        bare = session.register(Kprobe("__x64_sys_getpgid", lambda regs: None))
+        typed = session.register(Kprobe("__x64_sys_getpgid", lambda task: None))
+        for probe in (Kretprobe("__x64_sys_getpgid"), Kprobe("dummy:dummy_setup")):
+            with pytest.raises(SymbolError) as caught:
+                session.register(probe)
+            assert str(caught.value) == message
+        with pytest.raises(ProbeError, match="__x64_sys_getpgid has no debug information"):
+            session.register(Jprobe("__x64_sys_getpgid", lambda regs: None))
+        command = vm.start("caller 2 23")
+        session.run(command=command, timeout_s=30)
+        assert (bare.hits, bare.nfaults) == (23, 0)
+        assert (typed.hits, str(typed.faults[0].error)) == (23, message)
+    assert vm.execute("echo alive").output == "alive\n"
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_kaslr_slide_and_objects(clone_of: CloneOf, kernel: str) -> None:
+    vm = clone_of(kernel, 2)
+    listed = vm.execute("grep -E ' (vfs_read|_stext|jiffies)$' /proc/kallsyms").output
+    release = vm.execute("uname -r").output.strip()
+    with Session.attach_vm(vm.info) as session:
+        kernel_ = session.kernel
+        for line in listed.splitlines():
+            address, _, name = line.split()
+            assert kernel_.address(name) == int(address, 16)
+        assert kernel_.slide % 0x200000 == 0
+        assert kernel_.slide != 0
+        uts = kernel_.program["init_uts_ns"].name
+        assert uts.release.string_().decode() == release
+        assert kernel_.symbolize(kernel_.address("vfs_read") + 9).startswith("vfs_read+0x9/0x")
+        assert kernel_.symbolize(kernel_.address("panic_timeout")).startswith("0x")
+
+
+def test_module_symbols(clone_of: CloneOf) -> None:
+    vm = clone_of("6.1", 2, modules=("dummy",))
+    vm.execute("modprobe dummy")
+    listed = vm.execute("grep -E ' dummy_(setup|xmit)\\s.dummy.$' /proc/kallsyms").output
+    with Session.attach_vm(vm.info) as session:
+        module = session.kernel.modules.find("dummy")
+        assert module is not None
+        assert len(listed.splitlines()) == 2
+        for line in listed.splitlines():
+            address, _, name, _ = line.split()
+            (function,) = session.kernel.functions(name)
+            assert (function.address, function.qualified_name) == (
+                int(address, 16),
+                f"dummy:{name}",
+            )
+            assert session.kernel.symbolize(function.address) == (
+                f"{name}+0x0/{function.size_bytes:#x} [dummy]"
+            )
+        assert session.kernel.modules.find("nosuch") is None
