@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gdb
 
-from kgdbx.bench.stop_tier import FUNCTION, hits_per_second
+from kgdbx.bench.stop_tier import hits_per_second
 from kgdbx.gdb.attach import connect
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session
@@ -36,27 +36,28 @@ class _Plain(gdb.Breakpoint):
         return False
 
 
-def main(vm: str, what: str, hits: int, result: str) -> None:
+def main(vm: str, what: str, function: str, hits: int, result: str) -> None:
     """Measure hits a second in this gdb.
 
     :param what: ``plain`` for a bare gdb breakpoint, or a column of the guide
+    :param function: the kernel function that is probed
     :param result: file to write to
     """
     if what == "plain":
-        rate = _plain(vm, hits)
+        rate = _plain(vm, function, hits)
     else:
         session = connect(vm, None)
         try:
-            rate = hits_per_second(session, what, hits)
+            rate = hits_per_second(session, what, function, hits)
         finally:
             session.close()
     Path(result).write_text(json.dumps({"hits_per_s": rate}))
 
 
-def _plain(vm: str, hits: int) -> float:
+def _plain(vm: str, function: str, hits: int) -> float:
     info = find_vm(vm).info
     with Session.attach_vm(info) as session:
-        address = session.kernel.functions(FUNCTION)[0].address
+        address = session.kernel.functions(function)[0].address
     gdb.execute(f"target remote {info.gdb_socket}", to_string=True)
     plain = _Plain(address, hits)
     gdb.execute("continue", to_string=True)

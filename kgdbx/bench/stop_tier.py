@@ -1,11 +1,10 @@
 """Probes on the stop tier, beside gdb's breakpoints and the kernel's own kprobe events.
 
-The workload is one thread that calls getpgid(0) in a loop on a VM with one vCPU: QEMU drops all
-translated code at each stop, so what runs between two hits decides what a hit costs, and the
-tightest loop shows our share best.
+QEMU drops all translated code at each stop, so what runs between two hits decides what a hit
+costs. The ratios are taken where that is least, in a loop inside the kernel; the kprobes guide's
+columns at a system call in a loop, which is what a user would look at.
 """
 
-import collections
 import functools
 import json
 import subprocess
@@ -26,17 +25,20 @@ from kgdbx.probes.probe import Probe
 from kgdbx.session import Session
 from kgdbx.target.base import BreakpointKind, Stop
 
-__all__ = ("COLUMNS", "FUNCTION", "column_probes", "hits_per_second", "measure")
+__all__ = ("COLUMNS", "column_probes", "hits_per_second", "measure")
 
-FUNCTION = "do_getpgid"  # long do_getpgid(pid_t pid), kernel/sys.c
 COLUMNS = ("k", "j", "r", "kr", "jr")
 """The kprobes guide's columns: kprobe, jprobe, kretprobe, and both at one function."""
 
-_ENDLESS = "caller 1 1000000000000"
+_CALLED = "do_getpgid"  # long do_getpgid(pid_t pid), kernel/sys.c
+_CALLING = "caller 1 1000000000000"
+_LOOPED = "__cond_resched"  # called by read_zero() in drivers/char/mem.c for each page
+_LOOPING = "dd if=/dev/zero of=/dev/null bs=64M"
 _HITS = 400
 _CALLS = 20000
 _GDB_S = 120
 _WARM_UP = 20
+_NOP_BYTES = 5  # ftrace's, at the start of both functions
 # The kernel has no jprobes any more: a kprobe event that fetches the argument does their work.
 _KERNEL_EVENTS = {
     "k": ("p:k/e {f}",),
@@ -52,44 +54,41 @@ def measure(rounds: int) -> Iterator[Figure]:
 
     :param rounds: how often everything is measured, in turn, on one VM
     """
-    samples: dict[str, list[float]] = collections.defaultdict(list)
     with clone(make_template(configure("6.1", smp=1))) as vm:
-        workload = vm.start(_ENDLESS)
-        for _ in range(rounds):
-            for name, run in _variants(vm).items():
-                samples[name].append(run())
-        workload.discard()
-        kernel = {column: _kernel_cost_us(vm, column, rounds) for column in COLUMNS}
-    gdb, stop = samples["gdb.plain"], samples["stop.k"]
-    yield ratio("probes.stop.vs_gdb", stop, gdb)
-    yield ratio("probes.stop.vs_roundtrip", stop, samples["roundtrip"])
-    yield ratio("probes.gdb.vs_gdb", samples["gdb.k"], gdb)
-    yield figure("probes.gdb.plain_hits_per_s", gdb, "1/s")
-    yield figure("probes.roundtrips_per_s", samples["roundtrip"], "1/s")
-    for face in ("stop", "gdb"):
+        loop = _samples(vm, _LOOPING, rounds, _LOOPED, ("k",), roundtrips=True)
+        yield ratio("probes.stop.vs_gdb", loop["stop.k"], loop["gdb.plain"])
+        yield ratio("probes.stop.vs_roundtrip", loop["stop.k"], loop["roundtrip"])
+        yield ratio("probes.gdb.vs_gdb", loop["gdb.k"], loop["gdb.plain"])
+        yield figure("probes.stop.hits_per_s", loop["stop.k"], "1/s")
+        yield figure("probes.gdb.hits_per_s", loop["gdb.k"], "1/s")
+        yield figure("probes.gdb.plain_hits_per_s", loop["gdb.plain"], "1/s")
+        yield figure("probes.roundtrips_per_s", loop["roundtrip"], "1/s")
+        calls = _samples(vm, _CALLING, rounds, _CALLED, COLUMNS, roundtrips=False)
+        for face in ("stop", "gdb"):
+            for column in COLUMNS:
+                # A call takes nothing beside its stops, however many they are.
+                costs = (1e6 / rate for rate in calls[f"{face}.{column}"])
+                yield figure(f"probes.{face}.{column}_us", costs, "us")
         for column in COLUMNS:
-            # Calls a second, whatever number of stops a call has; the call itself is nothing.
-            costs = (1e6 / rate for rate in samples[f"{face}.{column}"])
-            yield figure(f"probes.{face}.{column}_us", costs, "us")
-    for column in COLUMNS:
-        yield figure(f"probes.kernel.{column}_us", kernel[column], "us")
+            events = _kernel_cost_us(vm, column, rounds)
+            yield figure(f"probes.kernel.{column}_us", events, "us")
 
 
-def column_probes(column: str) -> tuple[list[Probe], Probe]:
+def column_probes(column: str, function: str) -> tuple[list[Probe], Probe]:
     """The probes of a column, and the one whose hits count the calls."""
     probes: list[Probe] = []
     if "k" in column:
-        probes.append(Kprobe(FUNCTION, lambda p, regs: None))
+        probes.append(Kprobe(function, lambda p, regs: None))
     if "j" in column:
-        probes.append(Jprobe(FUNCTION, lambda pid: None))
+        probes.append(Jprobe(function, lambda pid: None))
     if "r" in column:
-        probes.append(Kretprobe(FUNCTION, lambda ri, regs: None))
+        probes.append(Kretprobe(function, lambda ri, regs: None))
     return probes, probes[-1]
 
 
-def hits_per_second(session: Session, column: str, hits: int = _HITS) -> float:
-    """Calls a second with the probes of a column on a session."""
-    probes, counted = column_probes(column)
+def hits_per_second(session: Session, column: str, function: str, hits: int = _HITS) -> float:
+    """Calls a second of a function with the probes of a column on it."""
+    probes, counted = column_probes(column, function)
     for probe in probes:
         session.register(probe)
     try:
@@ -115,52 +114,62 @@ def _rate(session: Session, hits: Callable[[], int], wanted: int) -> float:
     return (hits() - first) / (time.perf_counter() - start)
 
 
-def _variants(vm: Vm) -> dict[str, Callable[[], float]]:
-    variants: dict[str, Callable[[], float]] = {
-        "gdb.plain": functools.partial(_in_gdb, vm, "plain"),
-        "stop.k": functools.partial(_headless, vm, "k"),
-        "roundtrip": functools.partial(_roundtrips, vm),
-        "gdb.k": functools.partial(_in_gdb, vm, "k"),
-    }
-    for column in COLUMNS[1:]:
-        variants[f"stop.{column}"] = functools.partial(_headless, vm, column)
-        variants[f"gdb.{column}"] = functools.partial(_in_gdb, vm, column)
-    return variants
+def _samples(
+    vm: Vm, command: str, rounds: int, function: str, columns: tuple[str, ...], *, roundtrips: bool
+) -> dict[str, list[float]]:
+    # Everything in turn, so that a machine that gets slower does so for all.
+    variants: dict[str, Callable[[], float]] = {}
+    if roundtrips:
+        variants["gdb.plain"] = functools.partial(_in_gdb, vm, "plain", function)
+        variants["roundtrip"] = functools.partial(_roundtrips, vm, function)
+    for column in columns:
+        variants[f"stop.{column}"] = functools.partial(_headless, vm, column, function)
+        variants[f"gdb.{column}"] = functools.partial(_in_gdb, vm, column, function)
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    workload = vm.start(command)
+    try:
+        for _ in range(rounds):
+            for name, run in variants.items():
+                samples[name].append(run())
+    finally:
+        workload.discard()
+    return samples
 
 
-def _headless(vm: Vm, column: str) -> float:
+def _headless(vm: Vm, column: str, function: str) -> float:
     with Session.attach_vm(vm.info) as session:
-        return hits_per_second(session, column)
+        return hits_per_second(session, column, function)
 
 
-def _roundtrips(vm: Vm) -> float:
+def _roundtrips(vm: Vm, function: str) -> float:
     # The least that a stop can cost on this stub: note it, move past the breakpoint, go on.
     with Session.attach_vm(vm.info) as session:
         target = session.target
-        address = session.kernel.functions(FUNCTION)[0].address
+        address = session.kernel.functions(function)[0].address
         target.insert_breakpoint(BreakpointKind.SOFTWARE, address)
         registers = target.read_registers(target.cpus()[0])
         done, start = 0, 0.0
 
         def on_stop(stop: Stop) -> bool:
             nonlocal done, start
-            registers.rip = address + 5
+            registers.rip = address + _NOP_BYTES
             target.write_registers(stop.cpu, registers)
             done += 1
             if done == _WARM_UP:
                 start = time.perf_counter()
             return done < _HITS + _WARM_UP
 
-        target.run(on_stop, _GDB_S)
+        if target.run(on_stop, _GDB_S) is None:
+            raise MachineError(f"fewer than {_HITS} stops in {_GDB_S} s")
         return _HITS / (time.perf_counter() - start)
 
 
-def _in_gdb(vm: Vm, what: str) -> float:
+def _in_gdb(vm: Vm, what: str, function: str) -> float:
     with tempfile.TemporaryDirectory(prefix="kgdbx-bench-") as directory:
         result = Path(directory) / "result.json"
         code = (
             "import kgdbx.bench.in_gdb as b; "
-            f"b.main({vm.name!r}, {what!r}, {_HITS}, {str(result)!r})"
+            f"b.main({vm.name!r}, {what!r}, {function!r}, {_HITS}, {str(result)!r})"
         )
         done = subprocess.run(
             [*gdb_argv(), "-batch", "-ex", f"python {code}"],
@@ -178,7 +187,7 @@ def _kernel_cost_us(vm: Vm, column: str, rounds: int) -> list[float]:
     # The guest's own clock, as no one stops it: with the events and without, in turn.
     trace = "/sys/kernel/tracing"
     define = "; ".join(
-        f"echo '{text.format(f=FUNCTION)}' >> {trace}/kprobe_events"
+        f"echo '{text.format(f=_CALLED)}' >> {trace}/kprobe_events"
         for text in _KERNEL_EVENTS[column]
     )
     costs = []

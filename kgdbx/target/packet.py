@@ -16,6 +16,7 @@ __all__ = ("PacketConnection", "connect_stream")
 
 _MAX_PACKET_BYTES = 1 << 20
 _MAX_RETRANSMITS = 5
+_SPIN_S = 0.002
 _RUN_LENGTH = re.compile(rb"(.)\*([ -~])", re.DOTALL)
 
 
@@ -157,6 +158,8 @@ class PacketConnection:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if self._stream.fileno() < 0:
                 raise TargetLost("the connection to the stub is closed")
+            if self._spin():
+                continue
             ready = poll.poll(None if remaining is None else remaining * 1000)
             if not ready:
                 return None
@@ -164,6 +167,23 @@ class PacketConnection:
                 self.forget_wake()
                 return None
             self._fill()
+
+    def _spin(self) -> bool:
+        # Whether something came at once. To be woken takes longer than most answers do.
+        end = time.monotonic() + _SPIN_S
+        while time.monotonic() < end:
+            try:
+                data = self._stream.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return False
+            if not data:
+                return False
+            self.bytes_received += len(data)
+            self._buffer += data
+            return True
+        return False
 
     def _fill(self) -> None:
         try:
