@@ -1,6 +1,5 @@
 """Fixtures that give real VMs: clones of templates that are booted once."""
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -11,9 +10,8 @@ from kgdbx.machine.snapshot import Template, clone, make_template
 from kgdbx.machine.vm import Vm, configure
 
 
-@functools.cache
 def template_of(kernel: str = "6.1", smp: int = 4, **settings: Any) -> Template:
-    """A template; booted once a host boot, looked up once a test run."""
+    """A template; booted once a host boot, unless others have pushed it out meanwhile."""
     return make_template(configure(kernel, smp=smp, **settings))
 
 

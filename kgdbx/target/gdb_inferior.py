@@ -234,13 +234,21 @@ class GdbTarget(Target):
 
     def step(self, cpu: int) -> Stop:
         self._require_stopped("a step")
+        before = self.read_registers(cpu).rip
+        for _ in range(stub.STEP_TRIES):
+            self._step_once(cpu)
+            reason = self._stop.reason
+            if reason is not StopReason.TRAP or self.read_registers(cpu).rip != before:
+                break
+        return self._stop
+
+    def _step_once(self, cpu: int) -> None:
         threads = self._threads()
         here = self._general()
         self._stop = stub.parse_stop(self._exchange(b"vCont;s:" + threads[cpu]))
         if self._stop.cpu != here:  # gdb_set_stop_cpu() in gdbstub/gdbstub.c
             self._expect_ok(b"Hg" + threads[here])
         self._forget_registers()
-        return self._stop
 
     def resume(self) -> None:
         if not self.running:

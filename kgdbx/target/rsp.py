@@ -174,8 +174,13 @@ class RspTarget(Target):
 
     def step(self, cpu: int) -> Stop:
         self._require_stopped("a step")
-        self._start(b"vCont;s:%b" % self._threads[cpu])
-        return self._stopped(self._await_stop())
+        before = self.read_registers(cpu).rip
+        for _ in range(stub.STEP_TRIES):
+            self._start(b"vCont;s:%b" % self._threads[cpu])
+            stop = self._stopped(self._await_stop())
+            if stop.reason is not StopReason.TRAP or self.read_registers(cpu).rip != before:
+                break
+        return stop
 
     def resume(self) -> None:
         if not self._running:

@@ -9,6 +9,7 @@ from kgdbx.target.base import Stop, StopReason
 
 __all__ = (
     "Exchange",
+    "STEP_TRIES",
     "cpu_of",
     "decode_hex",
     "max_packet_bytes",
@@ -19,6 +20,13 @@ __all__ = (
 )
 
 Exchange = Callable[[bytes], bytes]
+
+STEP_TRIES = 3
+"""How often to step a vCPU that has not moved.
+
+QEMU reports a vCPU again that reached a breakpoint while another one's was being reported, and
+such a report ends a step before it has begun (``debug_requested`` in system/runstate.c).
+"""
 
 _WATCH_KEYS = ("watch", "rwatch", "awatch")
 _REASONS = {0: StopReason.INTERRUPT, 2: StopReason.INTERRUPT, 5: StopReason.TRAP}
