@@ -176,12 +176,9 @@ class PacketConnection:
                 data = self._stream.recv(1 << 16, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
-            except OSError:
-                return False
-            if not data:
-                return False
-            self.bytes_received += len(data)
-            self._buffer += data
+            except OSError as e:
+                raise TargetLost(f"the connection to the stub is gone: {e.strerror}") from e
+            self._add(data)
             return True
         return False
 
@@ -190,6 +187,9 @@ class PacketConnection:
             data = self._stream.recv(1 << 16)
         except OSError as e:
             raise TargetLost(f"the connection to the stub is gone: {e.strerror}") from e
+        self._add(data)
+
+    def _add(self, data: bytes) -> None:
         if not data:
             raise TargetLost("the stub closed the connection: the VM has ended or was killed")
         self.bytes_received += len(data)
