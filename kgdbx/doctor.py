@@ -123,4 +123,5 @@ def _kvm(qemu: Qemu, vmlinuz: Path) -> Check:
     if not os.path.exists("/dev/kvm"):
         return Check("KVM", True, "none: VMs run under TCG")
     works = kvm_works(qemu, vmlinuz)
-    return Check("KVM", True, "works" if works else "/dev/kvm does not work: VMs run under TCG")
+    found = "works, but probes need TCG" if works else "/dev/kvm does not work"
+    return Check("KVM", True, f"{found}: VMs run under TCG")

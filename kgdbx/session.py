@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, Self
 
-from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost
+from kgdbx.errors import CommandError, HandlerTimeout, KgdbxError, ProbeError, TargetLost
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.arguments import argument_suppliers
@@ -140,6 +140,8 @@ class Session:
         definition = parse_definition(text) if isinstance(text, str) else text
         if definition.kind == "-":
             name = definition.event_name
+            if definition.group is not None:
+                name = f"{definition.group}/{name}"
             probe = self.probes.find(name)
             probe.unregister()
             return [probe]
@@ -269,8 +271,7 @@ class Session:
             definition = self._named(definition)
         probe = probe_from_definition(definition, self.kernel, self._emit, hardware=hardware)
         self.probes.register(probe)
-        if stop:
-            self._stop_on.add(probe.name)
+        (self._stop_on.add if stop else self._stop_on.discard)(probe.name)
         return probe
 
     def _named(self, definition: ProbeDefinition) -> ProbeDefinition:
@@ -312,6 +313,8 @@ class Session:
         try:
             for listener in tuple(self.event_listeners):
                 listener(event)
+        except HandlerTimeout:
+            raise  # a reader that has stopped reading: counted as a fault, and the run goes on
         except Exception as e:  # not the handler's fault: run() raises it when the kernel stands
             self._listener_error = self._listener_error or e
             hit.stop()

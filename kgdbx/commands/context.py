@@ -71,6 +71,8 @@ class Context:
 
     def detach(self) -> None:
         """Unregister every probe and let the kernel run on; does nothing without a session."""
+        if self._session is not None and self._session.target.running:
+            raise CommandError("the kernel runs; stop it first, with ^C or 'interrupt'")
         session, self._session = self._session, None
         if session is not None:
             session.close()

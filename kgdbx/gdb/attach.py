@@ -23,7 +23,13 @@ def connect(where: str, vmlinux: str | None) -> Session:
     path = _vmlinux(vmlinux, info)
     if where:
         address = str(info.gdb_socket) if info is not None else where
-        gdb.execute(f"target remote {address}", to_string=True)
+        if gdb.selected_inferior().pid:
+            # gdb would end the other connection by killing its VM.
+            raise CommandError("gdb is connected; detach first, or use 'kgdbx attach' alone")
+        try:
+            gdb.execute(f"target remote {address}", to_string=True)
+        except gdb.error as e:
+            raise TargetError(f"cannot connect gdb to {address}: {e}") from e
     elif gdb.selected_inferior().connection is None:
         raise CommandError("gdb is not connected; name a VM, a socket or host:port")
     ram = open_ram(info) if info is not None else None
@@ -31,7 +37,11 @@ def connect(where: str, vmlinux: str | None) -> Session:
     target = GdbTarget(ram=ram)
     session = Session.attach(target, path, debug_modules=modules, ram=ram)
     target.on_stop = session.probes.on_stop
-    _relocate(path, session.kernel.slide)
+    try:
+        _relocate(path, session.kernel.slide)
+    except TargetError:
+        session.close()
+        raise
     return session
 
 

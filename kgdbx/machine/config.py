@@ -37,19 +37,19 @@ class MachineConfig:
 def resolve_accel(qemu: Qemu, kernel: StockKernel, accel: str) -> str:
     """The accelerator to use for ``auto``, ``tcg`` or ``kvm``.
 
-    :param kernel: what to try KVM with
+    ``auto`` is TCG: under KVM the stub writes its breakpoints into the guest's memory, which
+    probes do not expect yet.
 
+    :param kernel: what to try KVM with
     :raises MachineError: if it is none of them, or ``kvm`` and that does not work here
     """
     if accel not in ("auto", "kvm", "tcg"):
         raise MachineError(f"there is no accelerator {accel}; there are auto, kvm, tcg")
-    if accel == "tcg":
+    if accel != "kvm":
         return "tcg"
-    if kvm_works(qemu, kernel.vmlinuz):
-        return "kvm"
-    if accel == "kvm":
+    if not kvm_works(qemu, kernel.vmlinuz):
         raise MachineError("KVM does not work on this machine; use accelerator tcg or auto")
-    return "tcg"
+    return "kvm"
 
 
 def resolve_cpu_model(cpu_model: str, accel: str) -> str:

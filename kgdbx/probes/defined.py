@@ -152,8 +152,12 @@ class _DefinedKretprobe(Kretprobe):
         scope = self._recorder.scope
         values: dict[str, drgn.Object] = {}
         for name in self._recorder.entry_names:
-            value = scope.arguments[name](hit)
-            values[name] = value.read_() if value.address_ is not None else value
+            try:
+                value = scope.arguments[name](hit)
+                values[name] = value.read_() if value.address_ is not None else value
+            except (KgdbxError, drgn.FaultError):
+                # Its field is shown as unreadable, and the others as they are.
+                values[name] = drgn.Object(scope.program, "void *")
         ri.data = (values, hit.regs.copy())
 
     def _record(self, hit: Hit, ri: KretprobeInstance) -> None:

@@ -83,7 +83,8 @@ class KprobeAttachment:
         if self.probe.nfaults != faults and self._fault is not None:
             error = self.probe.faults[-1].error
             if is_memory_fault(error):
-                return self.fault(hit, PAGE_FAULT)
+                self.fault(hit, PAGE_FAULT)
+                return False  # the instruction itself did nothing wrong
         return bool(result)
 
     def after(self, hit: Hit) -> None:

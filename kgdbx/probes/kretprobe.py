@@ -244,6 +244,8 @@ class EntryAttachment:
             if rp.call(self._entry, "entry_handler", hit):
                 returns.cancel(instance)
                 return False
+            if not rp.active:
+                return False  # the handler has unregistered or disabled its own probe
         if not rp.manager.watch_return(instance):
             returns.cancel(instance)
             rp.nmissed += 1

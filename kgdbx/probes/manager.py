@@ -112,7 +112,7 @@ class ProbeManager:
 
     def disable(self, probe: Probe) -> None:
         """Take a probe's breakpoints out, and keep its counters."""
-        if probe.state in (State.ENABLED, State.PENDING):
+        if probe.state in (State.ENABLED, State.PENDING, State.GONE):
             self._withdraw(probe)
             probe.state = State.DISABLED
             self._remove_stale()
@@ -177,6 +177,7 @@ class ProbeManager:
     def _run_site(self, site: Site, hit: Hit) -> None:
         if site.watches_returns:
             self._run_returns(site, hit)
+            hit.address = site.address
         attachments = tuple(a for a in site.attachments if a.probe.active)
         skip = any(a.probe.active and a.before(hit) for a in attachments)
         if hit.regs.rip != site.address:
@@ -184,6 +185,7 @@ class ProbeManager:
         if skip:
             site.skip_displaced(hit)
         elif site.execute_displaced(hit, self._on_watchpoint if self._watches else None):
+            hit.address = site.address
             for attachment in attachments:
                 if attachment.probe.active:
                     attachment.after(hit)

@@ -49,8 +49,14 @@ class ModuleEvents:
                 name="kgdbx/module_init",
             ),
         ]
-        for probe in self._own:
-            self._manager.register(probe)
+        try:
+            for probe in self._own:
+                self._manager.register(probe)
+        except BaseException:
+            for probe in self._own:
+                probe.unregister()
+            self._own = []
+            raise
 
     def _on_loading(self, regs: Registers) -> None:
         module = self._manager.kernel.modules.at(regs.rdi)

@@ -124,7 +124,7 @@ def _marker(make: Callable[[_Handler], Probe]) -> Callable[[_Handler], _Handler]
     def mark(handler: _Handler) -> _Handler:
         def maker() -> Probe:
             probe = make(handler)
-            if probe.name.startswith(type(probe).__name__.lower()):
+            if probe.name == f"{type(probe).__name__.lower()}{probe.number}":
                 probe.name = f"{getattr(handler, '__name__', 'handler')}{probe.number}"
             return probe
 

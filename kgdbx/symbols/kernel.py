@@ -232,7 +232,7 @@ class Kernel:
             key=lambda s: s.address,
             default=None,
         )
-        if best is None:
+        if best is None or address >= best.address + max(best.size_bytes, 1):
             return None
         return Function(best.name, best.address, best.size_bytes, loaded)
 

@@ -68,6 +68,7 @@ class PacketConnection:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
+        self._woken = False
         self._poll = select.poll()
         self._poll.register(stream, select.POLLIN)
         self._poll_wake = select.poll()
@@ -126,11 +127,13 @@ class PacketConnection:
 
     def wake(self) -> None:
         """End a :meth:`receive_or_wake`; may be called from a signal handler or a thread."""
+        self._woken = True
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self._wake_write, b"w")
 
     def forget_wake(self) -> None:
         """Drop wakes that no receiver has taken."""
+        self._woken = False
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 64):
                 pass
@@ -158,7 +161,9 @@ class PacketConnection:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if self._stream.fileno() < 0:
                 raise TargetLost("the connection to the stub is closed")
-            if self._spin():
+            # With one answer after the other there would be no time to see the deadline.
+            asked = poll is self._poll_wake and (self._woken or remaining == 0)
+            if not asked and self._spin():
                 continue
             ready = poll.poll(None if remaining is None else remaining * 1000)
             if not ready:

@@ -207,6 +207,10 @@ class RspTarget(Target):
         except TargetLost:
             self._running = False  # what is asked next fails for the same reason
             raise
+        except (KeyboardInterrupt, SystemExit):
+            if self._running:
+                self.interrupt()  # so that the way out finds a kernel that stands
+            raise
 
     def _run(self, on_stop: Callable[[Stop], bool] | None, deadline: float | None) -> Stop | None:
         while True:

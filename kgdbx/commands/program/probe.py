@@ -14,7 +14,7 @@ from kgdbx.machine.vm import find_vm
 from kgdbx.probes.event import Event
 from kgdbx.probes.probe import HandlerFault, Probe
 from kgdbx.render import SCHEMA, event_json, event_line, json_line, pick_style, table
-from kgdbx.session import Session
+from kgdbx.session import Refused, Session
 
 TARGET_ARGUMENTS = (
     argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),
@@ -68,7 +68,7 @@ def probe(out: TextIO, args: argparse.Namespace) -> int:
     with open_session(args) as session:
         _show(session, out, args)
         for text in args.definitions:
-            _say(args, session.define(text, hardware=args.hardware))
+            _say(args, _define(session, text, args))
         for path in args.script:
             _say(args, session.load_script(Path(path)))
         status = _run(session, args)
@@ -76,6 +76,16 @@ def probe(out: TextIO, args: argparse.Namespace) -> int:
         _summarize(out, args, probes)
         faults = sum(p.nfaults for p in probes)
     return 1 if faults or status else 0
+
+
+def _define(session: Session, text: str, args: argparse.Namespace) -> list[Probe]:
+    try:
+        return session.define(text, hardware=args.hardware)
+    except Refused as e:
+        if not e.placed:
+            raise
+        print(f"kgdbx: {e}", file=sys.stderr)
+        return e.placed
 
 
 def _show(session: Session, out: TextIO, args: argparse.Namespace) -> None:

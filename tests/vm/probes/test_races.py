@@ -1,5 +1,6 @@
 """Probes that come and go, and runs that are interrupted, while every vCPU hits them."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -88,3 +89,16 @@ def test_no_hit_is_lost_while_another_probe_comes_and_goes(guest_of: GuestOf) ->
     guest.session.register(Kretprobe("__x64_sys_getpgid", returned))
     assert guest.run("caller 4 503").startswith("503 ")
     assert counts == [503, 503]
+
+
+def test_time_passes_under_steady_hits(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=1)
+    workload = guest.vm.start("dd if=/dev/zero of=/dev/null bs=64M")
+    probe = guest.session.register(Kprobe("__cond_resched", lambda regs: None))
+    for _ in range(3):  # hits come faster than an idle socket is waited for
+        start = time.monotonic()
+        assert guest.session.run(timeout_s=0.5) is None
+        assert time.monotonic() - start < 5
+    assert probe.hits > 10
+    guest.session.close()
+    workload.discard()
