@@ -57,7 +57,9 @@ def main(vm: str, what: str, function: str, hits: int, result: str) -> None:
 def _plain(vm: str, function: str, hits: int) -> float:
     info = find_vm(vm).info
     with Session.attach_vm(info) as session:
-        address = session.kernel.functions(function)[0].address
+        address, slide = session.kernel.functions(function)[0].address, session.kernel.slide
+    # With symbols, as a user has them, and as our own face has them.
+    gdb.execute(f"symbol-file -o {slide:#x} {info.vmlinux}", to_string=True)
     gdb.execute(f"target remote {info.gdb_socket}", to_string=True)
     plain = _Plain(address, hits)
     gdb.execute("continue", to_string=True)
