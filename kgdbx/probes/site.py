@@ -1,6 +1,7 @@
 """One breakpoint in the guest: who is attached to it, and the instruction that it displaces."""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -8,7 +9,7 @@ from kgdbx.arch.emulate import Emulator, emulator_for
 from kgdbx.arch.exceptions import gate_handlers
 from kgdbx.arch.instruction import MAX_INSTRUCTION_BYTES, instruction_length
 from kgdbx.arch.registers import Registers
-from kgdbx.errors import MemoryFault
+from kgdbx.errors import MemoryFault, TargetTimeout
 from kgdbx.probes.probe import Hit, Point, Probe
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
@@ -16,6 +17,7 @@ from kgdbx.target.base import BreakpointKind, Stop, StopReason
 __all__ = ("Attachment", "Site")
 
 _IDT_BYTES = 32 * 16
+_STEP_S = 30.0  # a repeated string instruction is one step an iteration
 
 
 class Attachment(Protocol):
@@ -115,7 +117,14 @@ class Site:
         target = self._kernel.target
         before = hit.regs.copy()
         target.write_registers(hit.cpu, hit.regs)
+        deadline = time.monotonic() + _STEP_S
         while True:
+            if time.monotonic() > deadline:
+                # Half done, it goes on from here: nothing is lost for the guest.
+                raise TargetTimeout(
+                    f"the instruction at {self.address:#x} has not ended after {_STEP_S:g} s of "
+                    "single steps; probe the one behind it"
+                )
             stop = target.step(hit.cpu)
             hit.regs = target.read_registers(hit.cpu)
             if on_watchpoint and stop.reason is StopReason.WATCHPOINT:
