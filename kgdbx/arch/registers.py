@@ -9,16 +9,24 @@ from collections.abc import Iterator, MutableMapping, Sequence
 
 from kgdbx.errors import ProtocolError
 
-__all__ = ("ARGUMENT_REGISTERS", "DEFAULT_LAYOUT", "PT_REGS_NAMES", "RegisterLayout", "Registers")
+__all__ = (
+    "ARGUMENT_REGISTERS",
+    "DEFAULT_LAYOUT",
+    "GENERAL_REGISTERS",
+    "PT_REGS_NAMES",
+    "RegisterLayout",
+    "Registers",
+)
 
 ARGUMENT_REGISTERS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 """Integer arguments of a C function in order: System V AMD64 ABI, section 3.2.3."""
 
-_GENERAL = (
+GENERAL_REGISTERS = (
     ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp")
     + tuple(f"r{n}" for n in range(8, 16))
     + ("rip",)
 )
+"""Integer registers, in the order of a ``g`` packet."""
 
 PT_REGS_NAMES = {
     "ax": "rax",
@@ -99,7 +107,7 @@ class RegisterLayout:
         return cls(tuple(names), tuple(sizes))
 
 
-_GENERAL_STRUCT = struct.Struct(f"<{len(_GENERAL)}Q")
+_GENERAL_STRUCT = struct.Struct(f"<{len(GENERAL_REGISTERS)}Q")
 
 
 class _PacketValues(MutableMapping[str, int]):
@@ -109,8 +117,13 @@ class _PacketValues(MutableMapping[str, int]):
         self._packet = packet
         self._known: dict[str, int] = {}
         names = layout.names
-        if len(packet) >= _GENERAL_STRUCT.size and names[: len(_GENERAL)] == _GENERAL:
-            self._known = dict(zip(_GENERAL, _GENERAL_STRUCT.unpack_from(packet), strict=True))
+        if (
+            len(packet) >= _GENERAL_STRUCT.size
+            and names[: len(GENERAL_REGISTERS)] == GENERAL_REGISTERS
+        ):
+            self._known = dict(
+                zip(GENERAL_REGISTERS, _GENERAL_STRUCT.unpack_from(packet), strict=True)
+            )
 
     def __getitem__(self, name: str) -> int:
         value = self._known.get(name)
@@ -150,7 +163,7 @@ class _PacketValues(MutableMapping[str, int]):
 
 
 DEFAULT_LAYOUT = RegisterLayout(
-    _GENERAL + ("eflags", "cs", "ss", "ds", "es", "fs", "gs"), (8,) * 17 + (4,) * 7
+    GENERAL_REGISTERS + ("eflags", "cs", "ss", "ds", "es", "fs", "gs"), (8,) * 17 + (4,) * 7
 )
 """What a stub without a target description sends (``dbg_reg_def``, arch/x86/kernel/kgdb.c)."""
 
@@ -223,7 +236,7 @@ class Registers:
 
     def restore(self, saved: "Registers") -> None:
         """Take back every general register and the flags of *saved*; what differs is a write."""
-        for name in (*_GENERAL, "eflags"):
+        for name in (*GENERAL_REGISTERS, "eflags"):
             if name in saved and saved[name] != self._values.get(name):
                 setattr(self, name, saved[name])
 

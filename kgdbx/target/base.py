@@ -3,12 +3,26 @@
 import abc
 import dataclasses
 import enum
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterable
 from typing import Self
 
 from kgdbx.arch.registers import Registers
+from kgdbx.errors import ProbeError
 
-__all__ = ("BreakpointKind", "Capabilities", "Stop", "StopReason", "Target")
+__all__ = (
+    "BreakpointKind",
+    "Capabilities",
+    "DEBUG_REGISTERS",
+    "IDLE_S",
+    "Stop",
+    "StopReason",
+    "Target",
+    "check_debug_register",
+)
+
+IDLE_S = 0.005
+"""Seconds between two calls of what a run does beside waiting."""
 
 
 class BreakpointKind(enum.IntEnum):
@@ -29,6 +43,34 @@ class StopReason(enum.Enum):
     INTERRUPT = "interrupt"
     SIGNAL = "signal"
     EXITED = "exited"
+
+
+DEBUG_REGISTERS = 4
+"""Debug registers of an x86-64 vCPU, shared by breakpoints and watchpoints."""
+
+_WATCHED_BYTES = 8
+
+
+def check_debug_register(
+    inserted: Iterable[tuple[BreakpointKind, int, int]], kind: BreakpointKind, size_bytes: int
+) -> None:
+    """Check that a breakpoint finds a debug register, if it needs one.
+
+    A watchpoint of more than 8 bytes does not fit into one: emulators have such watchpoints.
+
+    :param inserted: kind, address and size of what is there
+    :raises ProbeError: ENOSPC if all are taken
+    """
+
+    def takes(kind: BreakpointKind, size_bytes: int) -> bool:
+        return kind is not BreakpointKind.SOFTWARE and size_bytes <= _WATCHED_BYTES
+
+    if takes(kind, size_bytes) and sum(takes(k, n) for k, _, n in inserted) >= DEBUG_REGISTERS:
+        raise ProbeError(
+            f"all {DEBUG_REGISTERS} debug registers are in use; remove a hardware breakpoint or "
+            "watchpoint first, or use a software breakpoint",
+            errno.ENOSPC,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +96,7 @@ class Capabilities:
     :ivar software_breakpoints: most that can be inserted; None for no limit
     :ivar physical_memory: guest-physical addresses can be read and written at a stop
     :ivar reads_while_running: memory can be read without stopping the kernel
+    :ivar writes_while_running: guest-physical memory can be written without stopping the kernel
     :ivar single_cpu_step: one vCPU can be stepped while the others stand still
     :ivar clock_stops: guest time stands still during a stop, so that watchdogs do not fire
     """
@@ -62,6 +105,7 @@ class Capabilities:
     software_breakpoints: int | None
     physical_memory: bool
     reads_while_running: bool
+    writes_while_running: bool
     single_cpu_step: bool
     clock_stops: bool
 
@@ -119,10 +163,14 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def write_physical(self, address: int, data: bytes) -> None:
-        """Write guest-physical memory at a stop.
+        """Write guest-physical memory.
+
+        At a stop also code is written: the stub drops its translation of it. While the kernel
+        runs, data only, and each vCPU sees it when its processor would show it another one's.
 
         :raises MemoryFault: if any byte is not RAM
-        :raises Unsupported: if the transport reaches virtual memory only
+        :raises Unsupported: if the transport reaches virtual memory only, or the kernel runs and
+            the transport has no ``writes_while_running``
         """
 
     @abc.abstractmethod
@@ -162,12 +210,22 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
+        self,
+        on_stop: Callable[[Stop], bool] | None = None,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] | None = None,
+        idle_s: float = IDLE_S,
     ) -> Stop | None:
         """Let the kernel run until a stop that *on_stop* does not pass over.
 
+        What either function raises comes out when the kernel stands.
+
         :param on_stop: called at each stop with the kernel standing; True lets it run on
         :param timeout_s: seconds to run; None for no limit
+        :param on_idle: called again and again while the kernel runs, in the same thread; it may
+            do what the target can do with a running kernel
+        :param idle_s: seconds from its end to its next call, about; stops that come faster do
+            not hold it off
         :return: the stop, or None if the time passed first; then the kernel was stopped
         """
 

@@ -7,11 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kgdbx.arch.registers import DEFAULT_LAYOUT, Registers
 from kgdbx.errors import MemoryFault, ProbeError, TargetLost, Unsupported
-from kgdbx.target.base import BreakpointKind, Capabilities, Stop, StopReason, Target
+from kgdbx.target.base import (
+    DEBUG_REGISTERS,
+    IDLE_S,
+    BreakpointKind,
+    Capabilities,
+    Stop,
+    StopReason,
+    Target,
+    check_debug_register,
+)
+from kgdbx.target.idle import IdleCalls
 
 __all__ = ("FakeInstruction", "FakeTarget")
 
-_DEBUG_REGISTERS = 4
 _INTERRUPTED = Stop(0, StopReason.INTERRUPT, None, 2)
 
 
@@ -39,6 +48,8 @@ class FakeTarget(Target):
     :param cpus: number of vCPUs
     :param virtual_base: guest-virtual address of guest-physical 0
     :param calls: rounds that each vCPU makes before it halts; None for no end
+    :param ram: physical memory can be read and written while the vCPUs run, as with guest RAM
+        that is seen from the host
     """
 
     def __init__(
@@ -49,8 +60,10 @@ class FakeTarget(Target):
         cpus: int = 1,
         virtual_base: int = 0,
         calls: int | None = None,
+        ram: bool = False,
     ) -> None:
         self.calls = calls
+        self._ram = ram
         self._program = tuple(program)
         self._bytes = {at + i: byte for at, data in memory.items() for i, byte in enumerate(data)}
         self._virtual_base = virtual_base
@@ -72,10 +85,11 @@ class FakeTarget(Target):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            hardware_breakpoints=_DEBUG_REGISTERS,
+            hardware_breakpoints=DEBUG_REGISTERS,
             software_breakpoints=None,
             physical_memory=True,
-            reads_while_running=False,
+            reads_while_running=self._ram,
+            writes_while_running=self._ram,
             single_cpu_step=True,
             clock_stops=True,
         )
@@ -110,11 +124,11 @@ class FakeTarget(Target):
         self._write(address, address, data, physical=False)
 
     def read_physical(self, address: int, size_bytes: int) -> bytes:
-        self._require_stopped("memory")
+        self._require_reachable()
         return self._read(address + self._virtual_base, address, size_bytes, physical=True)
 
     def write_physical(self, address: int, data: bytes) -> None:
-        self._require_stopped("memory")
+        self._require_reachable()
         self._write(address + self._virtual_base, address, data, physical=True)
 
     def _read(self, at: int, address: int, size_bytes: int, *, physical: bool) -> bytes:
@@ -141,9 +155,7 @@ class FakeTarget(Target):
         key = (kind, address, size_bytes)
         if key in self._breakpoints:
             raise ProbeError(f"there is a {kind.name} breakpoint at {address:#x}", errno.EBUSY)
-        used = sum(k is not BreakpointKind.SOFTWARE for k, _, _ in self._breakpoints)
-        if kind is not BreakpointKind.SOFTWARE and used >= _DEBUG_REGISTERS:
-            raise ProbeError("all 4 debug registers are in use", errno.ENOSPC)
+        check_debug_register(self._breakpoints, kind, size_bytes)
         self._breakpoints.add(key)
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
@@ -173,13 +185,19 @@ class FakeTarget(Target):
         self._stop_requested = False
 
     def run(
-        self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
+        self,
+        on_stop: Callable[[Stop], bool] | None = None,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] | None = None,
+        idle_s: float = IDLE_S,
     ) -> Stop | None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        idle = IdleCalls(on_idle, idle_s)
         try:
             while True:
                 self._require_alive()
                 self._running = True
+                idle.call_if_due()
                 stop = self._advance(1000)
                 self._running = False
                 if stop is not None:
@@ -236,6 +254,12 @@ class FakeTarget(Target):
     def _require_alive(self) -> None:
         if self._lost or self._closed:
             raise TargetLost("the fake guest is gone")
+
+    def _require_reachable(self) -> None:
+        if self._ram:
+            self._require_alive()
+        else:
+            self._require_stopped("memory")
 
     def _require_stopped(self, what: str) -> None:
         self._require_alive()

@@ -7,6 +7,7 @@ past it in packets of our own, and gdb is told to forget what it has cached.
 import contextlib
 import dataclasses
 import errno
+import functools
 import re
 import threading
 import traceback
@@ -18,12 +19,20 @@ import gdb
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError, ProtocolError, TargetError, TargetLost, Unsupported
 from kgdbx.target import stub
-from kgdbx.target.base import BreakpointKind, Capabilities, Stop, StopReason, Target
+from kgdbx.target.base import (
+    DEBUG_REGISTERS,
+    IDLE_S,
+    BreakpointKind,
+    Capabilities,
+    Stop,
+    StopReason,
+    Target,
+    check_debug_register,
+)
 from kgdbx.target.ram import GuestRam
 
 __all__ = ("GdbTarget",)
 
-_DEBUG_REGISTERS = 4
 _RETRY_S = 0.25
 _WORDS = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: "unsigned long"}
 _ESCAPED = re.compile(rb"\}(.)", re.DOTALL)
@@ -87,10 +96,11 @@ class GdbTarget(Target):
             self._layout = stub.read_layout(self._exchange, self._packet_bytes)
             physical = ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
             self._capabilities = Capabilities(
-                hardware_breakpoints=_DEBUG_REGISTERS,
+                hardware_breakpoints=DEBUG_REGISTERS,
                 software_breakpoints=None,
                 physical_memory=physical,
                 reads_while_running=ram is not None,
+                writes_while_running=ram is not None,
                 single_cpu_step=b"s" in self._exchange(b"vCont?"),
                 clock_stops=True,
             )
@@ -142,7 +152,10 @@ class GdbTarget(Target):
             )
 
     def write_physical(self, address: int, data: bytes) -> None:
-        # Never through the mapped RAM: only the stub makes TCG drop translated code.
+        if self._ram is not None and self.running:
+            self._ram.write(address, data)
+            return
+        # At a stop never through the mapped RAM: only the stub makes TCG drop translated code.
         with self._physical_mode():
             stub.write_memory(self._exchange, self._packet_bytes, address, data, physical=True)
         _execute("maint flush dcache")
@@ -186,14 +199,7 @@ class GdbTarget(Target):
         key = (kind, address, size_bytes)
         if key in self._breakpoints:
             raise ProbeError(f"there is a {kind.name} breakpoint at {address:#x}", errno.EBUSY)
-        if kind is not BreakpointKind.SOFTWARE:
-            used = sum(k is not BreakpointKind.SOFTWARE for k, _, _ in self._breakpoints)
-            if used >= _DEBUG_REGISTERS:
-                raise ProbeError(
-                    f"all {_DEBUG_REGISTERS} debug registers are in use; remove a hardware "
-                    "breakpoint or watchpoint first, or use a software breakpoint",
-                    errno.ENOSPC,
-                )
+        check_debug_register(self._breakpoints, kind, size_bytes)
         for retired in self._retired:
             if retired.key == key:
                 self._retired.remove(retired)
@@ -274,12 +280,20 @@ class GdbTarget(Target):
         self._stop_requested = False
 
     def run(
-        self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
+        self,
+        on_stop: Callable[[Stop], bool] | None = None,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] | None = None,
+        idle_s: float = IDLE_S,
     ) -> Stop | None:
         self._require_stopped("running")
         self._run = run = _Run(on_stop)
         timer = threading.Timer(timeout_s or 0.0, self._expire, (run,))
         timer.daemon = True
+        idle: _IdleThread | None = None
+        if on_idle is not None:
+            call = functools.partial(self._call_idle, run, on_idle)
+            idle = _IdleThread(self._post, call, idle_s)
         gdb.events.stop.connect(run.on_event)
         try:
             if timeout_s is not None:
@@ -305,6 +319,8 @@ class GdbTarget(Target):
             self._run = None
             self._stop_requested = False
             timer.cancel()
+            if idle is not None:
+                idle.stop()
             run.retry.cancel()
             gdb.events.stop.disconnect(run.on_event)
             if self._connected:
@@ -334,16 +350,23 @@ class GdbTarget(Target):
         run.expired = True
         self._post_interrupt(run)
 
-    def _post_interrupt(self, run: "_Run") -> None:
-        # Any thread may post an event; gdb takes it between two stops.
-        if self._run is not run:
-            return
+    def _post(self, action: Callable[[], None]) -> None:
+        # Any thread may post an event; gdb takes it between two stops, while the guest runs.
         event = object()
         self._posted.add(event)
 
-        def interrupt() -> None:
+        def take() -> None:
             self._posted.discard(event)
-            if self._run is run and (run.expired or self._stop_requested):
+            action()
+
+        gdb.post_event(take)
+
+    def _is_ending(self, run: "_Run") -> bool:
+        return run.expired or self._stop_requested or run.error is not None
+
+    def _post_interrupt(self, run: "_Run") -> None:
+        def interrupt() -> None:
+            if self._run is run and self._is_ending(run):
                 with contextlib.suppress(gdb.error):
                     gdb.execute("interrupt", to_string=True)
                 # The stub drops a break-in that meets a stop.
@@ -352,7 +375,16 @@ class GdbTarget(Target):
                 run.retry.daemon = True
                 run.retry.start()
 
-        gdb.post_event(interrupt)
+        if self._run is run:
+            self._post(interrupt)
+
+    def _call_idle(self, run: "_Run", on_idle: Callable[[], None]) -> None:
+        if self._run is run and self.running and not self._is_ending(run):
+            try:
+                on_idle()
+            except BaseException as e:  # gdb would print it and wait on
+                run.error = e
+                self._post_interrupt(run)
 
     def close(self, *, resume: bool = True) -> None:
         if self._closed:
@@ -423,12 +455,12 @@ class GdbTarget(Target):
             stop = dataclasses.replace(stop, reason=StopReason.INTERRUPT, signal=2)
         except Exception as e:  # gdb must not see it in the middle of a stop
             if run is not None:
-                run.error = e
+                run.error = run.error or e
             else:
                 self._note(e)
                 keep = self._connected
         if run is not None:
-            keep = keep and not (run.expired or self._stop_requested)
+            keep = keep and not self._is_ending(run)
             run.hit = None if keep else stop
         return keep
 
@@ -554,6 +586,43 @@ class _Run:
 
     def on_event(self, event: Any) -> None:
         self.interrupted = getattr(event, "stop_signal", None) == "SIGINT"
+
+
+class _IdleThread:
+    # Has a function called in gdb's own thread, with a pause between one's end and the next.
+
+    def __init__(
+        self,
+        post: Callable[[Callable[[], None]], None],
+        call: Callable[[], None],
+        idle_s: float,
+    ) -> None:
+        self._post = post
+        self._call = call
+        self._idle_s = idle_s
+        self._ended = threading.Event()
+        self._called = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="kgdbx-idle", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._called.set()
+        self._thread.join()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(self._idle_s):
+            self._called.clear()
+            if self._ended.is_set():
+                return  # stop() came before the clear()
+            self._post(self._take)
+            self._called.wait()
+
+    def _take(self) -> None:
+        try:
+            self._call()
+        finally:
+            self._called.set()
 
 
 class _Breakpoint(gdb.Breakpoint):

@@ -69,6 +69,7 @@ class PacketConnection:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._woken = False
+        self._spin_end = 0.0
         self._poll = select.poll()
         self._poll.register(stream, select.POLLIN)
         self._poll_wake = select.poll()
@@ -106,6 +107,7 @@ class PacketConnection:
         except OSError as e:
             raise TargetLost(f"the connection to the stub is gone: {e.strerror}") from e
         self.bytes_sent += len(data)
+        self._spin_end = time.monotonic() + _SPIN_S
 
     def receive(self, timeout_s: float) -> bytes:
         """The payload of the next packet, unescaped.
@@ -121,18 +123,25 @@ class PacketConnection:
         return packet
 
     def receive_or_wake(self, timeout_s: float | None) -> bytes | None:
-        """Like :meth:`receive`, but None when the time passes or :meth:`wake` is called."""
+        """Like :meth:`receive`, but None when the time passes, or at once after a :meth:`wake`
+        that is not forgotten.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return self._receive(deadline, self._poll_wake)
 
+    @property
+    def woken(self) -> bool:
+        """Whether there was a :meth:`wake` since the last :meth:`forget_wake`."""
+        return self._woken
+
     def wake(self) -> None:
-        """End a :meth:`receive_or_wake`; may be called from a signal handler or a thread."""
+        """End each :meth:`receive_or_wake`; may be called from a signal handler or a thread."""
         self._woken = True
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self._wake_write, b"w")
 
     def forget_wake(self) -> None:
-        """Drop wakes that no receiver has taken."""
+        """Let :meth:`receive_or_wake` wait again."""
         self._woken = False
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 64):
@@ -163,19 +172,17 @@ class PacketConnection:
                 raise TargetLost("the connection to the stub is closed")
             # With one answer after the other there would be no time to see the deadline.
             asked = poll is self._poll_wake and (self._woken or remaining == 0)
-            if not asked and self._spin():
+            if not asked and self._spin(deadline):
                 continue
             ready = poll.poll(None if remaining is None else remaining * 1000)
-            if not ready:
-                return None
-            if any(fd == self._wake_read for fd, _ in ready):
-                self.forget_wake()
+            if not ready or any(fd == self._wake_read for fd, _ in ready):
                 return None
             self._fill()
 
-    def _spin(self) -> bool:
-        # Whether something came at once. To be woken takes longer than most answers do.
-        end = time.monotonic() + _SPIN_S
+    def _spin(self, deadline: float | None) -> bool:
+        # Whether something came at once. To be woken takes longer than most answers do; a peer
+        # that has not answered by then is not waited for like this a second time.
+        end = self._spin_end if deadline is None else min(self._spin_end, deadline)
         while time.monotonic() < end:
             try:
                 data = self._stream.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -198,6 +205,7 @@ class PacketConnection:
         if not data:
             raise TargetLost("the stub closed the connection: the VM has ended or was killed")
         self.bytes_received += len(data)
+        self._spin_end = time.monotonic() + _SPIN_S
         self._buffer += data
         if len(self._buffer) > _MAX_PACKET_BYTES:
             self._buffer.clear()

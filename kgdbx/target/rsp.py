@@ -1,20 +1,30 @@
 """A kernel behind QEMU's gdbstub, driven over the remote serial protocol without gdb."""
 
 import errno
+import math
 import time
 from collections.abc import Callable
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError, ProtocolError, TargetLost, Unsupported
 from kgdbx.target import stub
-from kgdbx.target.base import BreakpointKind, Capabilities, Stop, StopReason, Target
+from kgdbx.target.base import (
+    DEBUG_REGISTERS,
+    IDLE_S,
+    BreakpointKind,
+    Capabilities,
+    Stop,
+    StopReason,
+    Target,
+    check_debug_register,
+)
+from kgdbx.target.idle import IdleCalls
 from kgdbx.target.packet import PacketConnection, connect_stream
 from kgdbx.target.ram import GuestRam
 
 __all__ = ("RspTarget",)
 
 _ANSWER_S = 5.0
-_DEBUG_REGISTERS = 4
 
 
 class RspTarget(Target):
@@ -49,10 +59,11 @@ class RspTarget(Target):
             self._layout = stub.read_layout(self._exchange, self._packet_bytes)
             physical = ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
             self._capabilities = Capabilities(
-                hardware_breakpoints=_DEBUG_REGISTERS,
+                hardware_breakpoints=DEBUG_REGISTERS,
                 software_breakpoints=None,
                 physical_memory=physical,
                 reads_while_running=ram is not None,
+                writes_while_running=ram is not None,
                 single_cpu_step=b"s" in self._exchange(b"vCont?"),
                 clock_stops=True,
             )
@@ -100,7 +111,10 @@ class RspTarget(Target):
             self._expect_ok(b"Qqemu.PhyMemMode:0")
 
     def write_physical(self, address: int, data: bytes) -> None:
-        # Never through the mapped RAM: only the stub makes TCG drop translated code.
+        if self._running and self._ram is not None:
+            self._ram.write(address, data)
+            return
+        # At a stop never through the mapped RAM: only the stub makes TCG drop translated code.
         self._enter_physical_mode()
         try:
             self._write(address, data, physical=True)
@@ -146,14 +160,7 @@ class RspTarget(Target):
         key = (kind, address, size_bytes)
         if key in self._breakpoints:
             raise ProbeError(f"there is a {kind.name} breakpoint at {address:#x}", errno.EBUSY)
-        if kind is not BreakpointKind.SOFTWARE:
-            used = sum(k is not BreakpointKind.SOFTWARE for k, _, _ in self._breakpoints)
-            if used >= _DEBUG_REGISTERS:
-                raise ProbeError(
-                    f"all {_DEBUG_REGISTERS} debug registers are in use; remove a hardware "
-                    "breakpoint or watchpoint first, or use a software breakpoint",
-                    errno.ENOSPC,
-                )
+        check_debug_register(self._breakpoints, kind, size_bytes)
         reply = self._exchange(b"Z%d,%x,%x" % (kind, address, size_bytes))
         if not reply:
             raise Unsupported(f"the stub at {self.name} has no {kind.name} breakpoints")
@@ -199,11 +206,15 @@ class RspTarget(Target):
         self._connection.forget_wake()
 
     def run(
-        self, on_stop: Callable[[Stop], bool] | None = None, timeout_s: float | None = None
+        self,
+        on_stop: Callable[[Stop], bool] | None = None,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] | None = None,
+        idle_s: float = IDLE_S,
     ) -> Stop | None:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         try:
-            return self._run(on_stop, deadline)
+            return self._run(on_stop, deadline, IdleCalls(on_idle, idle_s))
         except TargetLost:
             self._running = False  # what is asked next fails for the same reason
             raise
@@ -212,24 +223,38 @@ class RspTarget(Target):
                 self.interrupt()  # so that the way out finds a kernel that stands
             raise
 
-    def _run(self, on_stop: Callable[[Stop], bool] | None, deadline: float | None) -> Stop | None:
+    def _run(
+        self, on_stop: Callable[[Stop], bool] | None, deadline: float, idle: IdleCalls
+    ) -> Stop | None:
         while True:
             self.resume()
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            packet = self._connection.receive_or_wake(remaining)
-            if packet is not None and self._settle(packet):
-                continue
+            try:
+                idle.call_if_due()
+            except BaseException:
+                self._break_in(on_stop)
+                raise
+            packet = self._connection.receive_or_wake(_until(min(deadline, idle.due)))
             if packet is None:
-                # A breakpoint may have been faster than our break-in: it counts as any other.
-                stop = self.interrupt()
-                if stop.reason is not StopReason.INTERRUPT and on_stop is not None:
-                    on_stop(stop)
-                return None
-            stop = self._stopped(packet)
-            if stop.reason is StopReason.EXITED:
-                raise TargetLost(f"the guest at {self.name} has shut down")
-            if on_stop is None or not on_stop(stop):
-                return stop
+                if self._connection.woken or time.monotonic() >= deadline:
+                    self._connection.forget_wake()
+                    self._break_in(on_stop)
+                    return None
+            elif not self._settle(packet):
+                stop = self._stopped(packet)
+                self._require_not_exited(stop)
+                if on_stop is None or not on_stop(stop):
+                    return stop
+
+    def _break_in(self, on_stop: Callable[[Stop], bool] | None) -> None:
+        # A breakpoint may have been faster than our break-in: it counts as any other.
+        stop = self.interrupt()
+        self._require_not_exited(stop)
+        if stop.reason is not StopReason.INTERRUPT and on_stop is not None:
+            on_stop(stop)
+
+    def _require_not_exited(self, stop: Stop) -> None:
+        if stop.reason is StopReason.EXITED:
+            raise TargetLost(f"the guest at {self.name} has shut down")
 
     def _start(self, packet: bytes) -> None:
         queued, self._queued = self._queued, []
@@ -348,3 +373,8 @@ class RspTarget(Target):
     def _require_stopped(self, what: str) -> None:
         if self._running:
             raise Unsupported(f"{what} needs a stopped kernel; interrupt it first")
+
+
+def _until(moment: float) -> float | None:
+    # Seconds until a moment; None if it never comes.
+    return None if moment == math.inf else max(0.0, moment - time.monotonic())

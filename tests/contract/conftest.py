@@ -68,7 +68,7 @@ class FakeGuest(Guest):
     probed, following, data, written = 0x1000, 0x1005, 0x2000, 0x2008
     physical = data + 0x100000
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_ram: bool) -> None:
         self.target = self.fake = FakeTarget(
             [
                 FakeInstruction(self.probed),
@@ -78,6 +78,7 @@ class FakeGuest(Guest):
             {0x1000: bytes(0x100), 0x2000: bytes(0x100)},
             cpus=2,
             virtual_base=-0x100000,
+            ram=with_ram,
         )
         self.fake.calls = 0
 
@@ -151,11 +152,14 @@ def vm_guest(attach: Callable[..., Target], *, with_ram: bool) -> Iterator[VmGue
                 guest.ram.close()
 
 
-@pytest.fixture(params=["gdb", "gdb+ram"] if "gdb" in sys.modules else ["fake", "rsp", "rsp+ram"])
+KINDS = ("gdb",) if "gdb" in sys.modules else ("fake", "rsp")
+
+
+@pytest.fixture(params=[kind + ram for kind in KINDS for ram in ("", "+ram")])
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     kind, _, ram = request.param.partition("+")
     if kind == "fake":
-        yield FakeGuest()
+        yield FakeGuest(with_ram=bool(ram))
     elif kind == "rsp":
         yield from vm_guest(RspTarget, with_ram=bool(ram))
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kgdbx.errors import MemoryFault, ProbeError, TargetError, TargetLost
+from kgdbx.errors import MemoryFault, ProbeError, TargetError, TargetLost, Unsupported
 from kgdbx.target.base import BreakpointKind, Stop, StopReason, Target
 
 if TYPE_CHECKING:
@@ -91,6 +91,28 @@ def test_physical_memory_that_is_no_ram(target: Target) -> None:
         target.read_physical(1 << 46, 8)
     assert fault.value.address == 1 << 46
     assert fault.value.physical
+
+
+def test_physical_memory_while_the_kernel_runs(guest: Guest, target: Target) -> None:
+    before = target.read_memory(guest.data, 4)
+    read: list[bytes] = []
+
+    def on_idle() -> None:
+        target.write_physical(guest.physical, bytes((0, 1, 2, len(read))))
+        read.append(target.read_physical(guest.physical, 4))
+        with pytest.raises(MemoryFault):
+            target.write_physical(1 << 46, b"12345678")
+        if len(read) == 5:
+            target.request_stop()
+
+    if target.capabilities.writes_while_running:
+        assert target.run(None, DEADLINE_S, on_idle) is None
+        assert read == [bytes((0, 1, 2, n)) for n in range(5)]
+        assert target.read_memory(guest.data, 4) == read[-1]
+    else:
+        with pytest.raises(Unsupported):
+            target.run(None, DEADLINE_S, on_idle)
+    target.write_memory(guest.data, before)
 
 
 # Registers
@@ -296,6 +318,98 @@ def test_an_error_of_on_stop_comes_out_of_run(guest: Guest, target: Target) -> N
         target.run(on_stop, timeout_s=DEADLINE_S)
     assert not target.running
     assert target.read_registers(target.interrupt().cpu).rip == guest.probed
+
+
+# Idle
+
+
+def test_on_idle_is_called_while_nothing_stops(guest: Guest, target: Target) -> None:
+    calls: list[tuple[float, float]] = []
+
+    def on_idle() -> None:
+        began = time.monotonic()
+        assert threading.current_thread() is threading.main_thread()
+        assert target.running
+        time.sleep(0.005)
+        calls.append((began, time.monotonic()))
+        if len(calls) == 10:
+            target.request_stop()
+
+    started = time.monotonic()
+    assert target.run(None, DEADLINE_S, on_idle, 0.02) is None
+    assert not target.running
+    assert len(calls) == 10
+    ends = [started, *(end for _, end in calls)]
+    pauses = [began - end for (began, _), end in zip(calls, ends, strict=False)]
+    assert min(pauses) > 0.019
+    assert sorted(pauses)[len(pauses) // 2] < 0.5
+    assert target.run(None, 0.1) is None
+    assert len(calls) == 10
+
+
+def test_on_idle_does_not_wait_for_a_pause_between_stops(guest: Guest, target: Target) -> None:
+    hits, seen = 0, []
+    standing = False
+
+    def on_stop(stop: Stop) -> bool:
+        nonlocal hits, standing
+        standing = True
+        hits += 1
+        target.step(stop.cpu)
+        standing = False
+        return True
+
+    def on_idle() -> None:
+        assert target.running
+        assert not standing
+        seen.append(hits)
+        if len(seen) == 5:
+            target.request_stop()
+
+    guest.begin(1_000_000)
+    target.insert_breakpoint(SOFTWARE, guest.probed)
+    assert target.run(on_stop, DEADLINE_S, on_idle, 0.1) is None
+    assert len(seen) == 5
+    assert seen[0] < seen[-1] <= hits
+
+
+def test_a_run_ends_in_time_whatever_on_idle_takes(target: Target) -> None:
+    started = time.monotonic()
+    assert target.run(None, 0.3, lambda: time.sleep(0.02), 0.0) is None
+    assert 0.25 < time.monotonic() - started < 10
+
+
+def test_an_error_of_on_idle_comes_out_of_run(guest: Guest, target: Target) -> None:
+    def on_idle() -> None:
+        raise ZeroDivisionError("planted")
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="planted"):
+            target.run(None, DEADLINE_S, on_idle)
+        assert not target.running
+    run_to_probed(guest)
+
+
+def test_no_hit_is_lost_when_on_idle_fails(guest: Guest, target: Target) -> None:
+    hits = 0
+
+    def on_stop(stop: Stop) -> bool:
+        nonlocal hits
+        hits += 1
+        target.step(stop.cpu)
+        return True
+
+    def on_idle() -> None:
+        raise ZeroDivisionError("planted")
+
+    guest.begin(CALLS)
+    target.insert_breakpoint(SOFTWARE, guest.probed)
+    end = time.monotonic() + DEADLINE_S
+    while not guest.done():
+        assert time.monotonic() < end, "the guest does not come to its end"
+        with pytest.raises(ZeroDivisionError, match="planted"):
+            target.run(on_stop, DEADLINE_S, on_idle, 0.002)
+    assert hits == CALLS
 
 
 # Leaving

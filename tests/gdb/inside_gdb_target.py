@@ -1,6 +1,7 @@
 """What only the gdb transport has; run inside gdb by test_gdb_target.py."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from kgdbx.target.gdb_inferior import GdbTarget
 assert kgdbx.gdb
 FUNCTION = "__x64_sys_getpgid"
 CALLS = 1009
+DEADLINE_S = 150.0
 SOFTWARE = BreakpointKind.SOFTWARE
 
 
@@ -34,11 +36,10 @@ class Attached:
 
     def run_to_end(self, command: str, on_stop: Callable[[Stop], bool]) -> None:
         started = self.vm.start(command)
-        for _ in range(200):
-            if started.poll() is not None:
-                return
+        end = time.monotonic() + DEADLINE_S
+        while started.poll() is None:
+            assert time.monotonic() < end, f"{command} does not end"
             self.target.run(on_stop, timeout_s=0.5)
-        raise AssertionError(f"{command} does not end")
 
 
 @pytest.fixture

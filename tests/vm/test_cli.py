@@ -1,13 +1,15 @@
 """The ``kgdbx`` program as its users run it."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import termios
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -18,6 +20,8 @@ from kgdbx.session import Session
 EXAMPLES = Path(__file__).parent.parent.parent / "gdb_scripts" / "examples"
 FUNCTION = "__x64_sys_getpgid"
 CALLS = 101
+PIPE_BYTES = 4096
+LINE_BYTES = 160  # more than an event's
 
 
 def kgdbx(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
@@ -33,9 +37,14 @@ def endless(vm: Vm) -> Iterator[Vm]:
 
 
 def is_unpatched(vm: Vm) -> bool:
-    """Whether the guest runs, and runs past the probed function without a stop."""
-    with Session.attach_vm(vm.info) as session:
-        return session.target.run(timeout_s=0.2) is None
+    """Whether the guest runs past the probed function. Nobody is attached: a stop would last."""
+    return vm.execute("caller 1 7").output.startswith("7 ")
+
+
+def unread(stream: IO[str]) -> int:
+    """Bytes that wait in a pipe."""
+    size = fcntl.ioctl(stream.fileno(), termios.FIONREAD, bytes(4))
+    return int.from_bytes(size, sys.byteorder)
 
 
 def test_events_of_a_command(vm: Vm) -> None:
@@ -81,9 +90,9 @@ def test_count_ends_the_run_exactly(endless: Vm) -> None:
 
 
 def test_duration(endless: Vm) -> None:
-    done = kgdbx("probe", "--vm", endless.name, f"p:call {FUNCTION}", "-d", "0.5")
+    done = kgdbx("probe", "--vm", endless.name, f"p:call {FUNCTION}", "-d", "1.5")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("call:") > 3
+    assert "call:" in done.stdout
     assert is_unpatched(endless)
 
 
@@ -106,8 +115,9 @@ def test_killed_then_attached_again(endless: Vm) -> None:
         assert run.stdout is not None
         assert "call:" in run.stdout.readline()
         run.kill()
+    with Session.attach_vm(endless.info):
+        pass  # takes out what was left
     assert is_unpatched(endless)
-    assert endless.execute("echo alive").output == "alive\n"
 
 
 def test_reader_that_goes_away(endless: Vm) -> None:
@@ -118,6 +128,20 @@ def test_reader_that_goes_away(endless: Vm) -> None:
         run.stdout.close()
         assert run.wait(timeout=20) == 0
     assert is_unpatched(endless)
+
+
+def test_reader_that_stops_reading_holds_nothing_up(endless: Vm) -> None:
+    argv = [sys.executable, "-m", "kgdbx", "probe", "--vm", endless.name, f"p:call {FUNCTION}"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        fcntl.fcntl(run.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        assert wait_until(lambda: unread(run.stdout) > PIPE_BYTES - LINE_BYTES, 60)
+        run.send_signal(signal.SIGTERM)
+        assert is_unpatched(endless)
+        output, errors = run.communicate(timeout=20)
+    assert run.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert "call:" in output
 
 
 def test_guest_command_that_fails(vm: Vm) -> None:
@@ -219,9 +243,7 @@ def test_frozen_vm_is_probed_from_the_first_instruction() -> None:
         assert done.returncode == 0, done.stderr
         assert "swapper" in done.stdout
         assert "start_kernel+0x0/" in done.stdout
-        start = time.monotonic()
-        assert kgdbx("vm", "exec", name, "--", "echo booted").stdout == "booted\n"
-        assert time.monotonic() - start < 60
+        assert kgdbx("vm", "exec", name, "--", "echo booted", timeout_s=90).stdout == "booted\n"
     finally:
         kgdbx("vm", "stop", name)
 

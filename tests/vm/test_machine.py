@@ -103,14 +103,18 @@ def test_clones_share_nothing(clone_of: CloneOf) -> None:
 
 
 def test_a_clone_is_quick(clone_of: CloneOf) -> None:
-    clone_of()
-    start = time.monotonic()
-    vm = clone_of()
-    cloned = time.monotonic()
-    vm.execute("true")
-    # 0.07 s and 0.2 s on two cores; the limits leave room for a busy host.
-    assert cloned - start < 1.0
-    assert time.monotonic() - cloned < 3.0
+    # 0.07 s and 0.2 s on two cores. On a busy host the best of several tells.
+    clone_of().stop()
+    to_clone, to_answer = [], []
+    for _ in range(5):
+        start = time.monotonic()
+        vm = clone_of()
+        to_clone.append(time.monotonic() - start)
+        vm.execute("true")
+        to_answer.append(time.monotonic() - start - to_clone[-1])
+        vm.stop()
+    assert min(to_clone) < 1.0
+    assert min(to_answer) < 3.0
 
 
 def test_panic_ends_the_vm_and_its_console_tells(vm: Vm) -> None:

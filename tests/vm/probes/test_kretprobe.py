@@ -122,7 +122,7 @@ def test_calls_without_a_free_instance_are_counted(guest_of: GuestOf) -> None:
         Kretprobe("do_nanosleep", handler, entry_handler=sleeping, maxactive=1)
     )
     entry = guest.session.register(Kprobe("do_nanosleep"))
-    guest.run("caller 4 61 20000")
+    guest.run("caller 4 61 100000")
     assert rp.hits == len(returned) > 0
     assert rp.nmissed > 0
     assert len(returned) + rp.nmissed == entry.hits == 61
@@ -256,19 +256,26 @@ def test_stack_shows_the_true_callers_while_a_return_is_pending(guest: Any) -> N
 
 
 def test_unregistered_while_returns_are_pending(guest_of: GuestOf) -> None:
+    # Sleeps of 0.2 s last longer than it takes to start four of them, however slow the host is.
     guest = guest_of(smp=4)
     returned = []
     rp = guest.session.register(Kretprobe("do_nanosleep", lambda ri: returned.append(ri)))
+    then: list[tuple[int, int]] = []
 
     def enough() -> None:
-        if len(rp.active_instances) == 3:
+        pending = len(rp.active_instances)
+        if pending >= 3 and not then:
+            then.append((pending, rp.hits))
             rp.unregister()
+            trigger.unregister()
 
-    guest.session.register(Kprobe("hrtimer_start_range_ns", enough))
-    output = guest.run("caller 4 41 20000")
+    trigger = guest.session.register(Kprobe("hrtimer_start_range_ns", enough))
+    output = guest.run("caller 4 41 200000", timeout_s=100)
     assert output.startswith("41 ")
+    ((pending, hits),) = then
+    assert pending >= 3
     assert (rp.active_instances, rp.state.value) == ([], "UNREGISTERED")
-    assert len(returned) == rp.hits < 38
+    assert len(returned) == rp.hits == hits  # none of those that were pending, and none later
     waiting = [site for site in guest.session.probes.sites if site.watches_returns]
     assert waiting == []
 
