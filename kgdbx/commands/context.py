@@ -6,8 +6,8 @@ from typing import Protocol
 from kgdbx.errors import CommandError
 from kgdbx.probes.event import Event
 from kgdbx.probes.probe import HandlerFault, Probe
-from kgdbx.render import Style, event_line
 from kgdbx.session import Session
+from kgdbx.trace.text import Style, event_line
 
 __all__ = ("Context", "Output")
 

@@ -5,7 +5,8 @@ import sys
 
 import gdb
 
-from kgdbx.render import Style, pick_style
+from kgdbx.render import pick_style
+from kgdbx.trace.text import Style
 
 __all__ = ("GdbOutput", "gdb_style")
 

@@ -9,7 +9,7 @@ from kgdbx.bench import stop_tier
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
-from kgdbx.render import json_line
+from kgdbx.trace.json_lines import json_line
 
 _BENCHES: dict[str, Callable[[int], Iterator[Figure]]] = {"probes": stop_tier.measure}
 

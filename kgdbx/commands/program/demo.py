@@ -11,8 +11,9 @@ from kgdbx.errors import MachineError
 from kgdbx.machine.kernels import FLAVOURS
 from kgdbx.machine.vm import configure, launch
 from kgdbx.probes.jprobe import Jprobe
-from kgdbx.render import event_line, pick_style, table
+from kgdbx.render import pick_style, table
 from kgdbx.session import Session
+from kgdbx.trace.text import event_line
 
 _WORKLOAD = "cat /etc/hostname /nowhere"
 _DEFINITIONS = (

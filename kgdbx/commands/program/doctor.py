@@ -8,7 +8,8 @@ from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
 from kgdbx.commands.registry import argument
 from kgdbx.doctor import host_checks, session_checks
-from kgdbx.render import checks_table, json_line, pick_style
+from kgdbx.render import checks_table, pick_style
+from kgdbx.trace.json_lines import json_line
 
 
 @PROGRAM_COMMANDS.command(

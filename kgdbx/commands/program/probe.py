@@ -13,8 +13,10 @@ from kgdbx.errors import CommandError
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.event import Event
 from kgdbx.probes.probe import HandlerFault, Probe
-from kgdbx.render import SCHEMA, event_json, event_line, json_line, pick_style, table
+from kgdbx.render import pick_style, table
 from kgdbx.session import Refused, Session
+from kgdbx.trace.json_lines import SCHEMA, event_json, json_line
+from kgdbx.trace.text import event_line
 
 TARGET_ARGUMENTS = (
     argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),

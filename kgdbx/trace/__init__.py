@@ -1,0 +1,1 @@
+"""Outputs of one event stream: text, JSON, Chrome JSON, binary streams and recordings."""

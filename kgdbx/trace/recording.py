@@ -1,0 +1,279 @@
+"""Recordings: the binary stream in a file."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Self, TypeAlias
+
+from kgdbx.probes.event import Event
+from kgdbx.probes.fetch import decode_text
+from kgdbx.resident.clock import Clock
+from kgdbx.trace.binary import (
+    BYTE_ORDER,
+    FILE_HEADER,
+    FRAME_HEADER,
+    FRAME_LIMIT_BYTES,
+    LOST,
+    MAGIC,
+    VERSION,
+    BatchFramer,
+    Frame,
+    FrameType,
+    LostSource,
+    end_frame,
+    file_header,
+    lost_frame,
+    text_frames,
+)
+from kgdbx.trace.decode import RecordDecoder
+from kgdbx.trace.errors import FormatError, TraceError
+from kgdbx.trace.event_lines import event_from_line, event_to_line
+from kgdbx.trace.layout import ProbeLayout
+from kgdbx.trace.sink import Records, Sink
+
+__all__ = ("Lost", "Recording", "RecordingWriter")
+
+_BUFFER_BYTES = 1 << 20
+_SHIFT_LIMIT = 64
+
+
+class RecordingWriter:
+    """Writes records and events to a file, in the format of streams.
+
+    :param path: replaced if it exists
+    :param clock: how time stamps become nanoseconds
+    :raises TraceError: if the file cannot be made
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path = path
+        self._framer = BatchFramer()
+        header = file_header(clock)
+        try:
+            # Unbuffered: frames are large, and what a full disk refused is not tried again.
+            self._file = path.open("wb", 0)
+        except OSError as e:
+            raise TraceError(f"{path}: {e.strerror}") from e
+        try:
+            self._write([Frame((header,), len(header))])
+        except TraceError:
+            self._file.close()
+            raise
+
+    def add_probes(self, layouts: Iterable[ProbeLayout]) -> None:
+        """Describe probes, before the first of their records.
+
+        :raises TraceError: if a probe has the number of another, or the file cannot be written
+        """
+        self._write(self._framer.add_probes(layouts))
+
+    def write_batch(self, records: Records, record_bytes: int | None = None) -> None:
+        """Write records; they may be overwritten once this returns.
+
+        :param record_bytes: size of each; needed for a buffer, known for an array
+        :raises TraceError: if a record's probe was not described, or is longer than the record, or
+            the file cannot be written
+        """
+        self._write(self._framer.frames(records, record_bytes))
+
+    def write(self, events: Iterable[Event]) -> None:
+        """Write events that are no records.
+
+        :raises TraceError: if the file cannot be written
+        """
+        self._write(text_frames(FrameType.EVENTS, map(event_to_line, events)))
+
+    def write_lost(self, count: int, cpu: int | None = None) -> None:
+        """Say that events are missing here.
+
+        :raises TraceError: if the file cannot be written
+        """
+        self._write([lost_frame(count, LostSource.RING, cpu)])
+
+    def close(self) -> None:
+        """Write what tells that the recording is whole. Idempotent.
+
+        :raises TraceError: if the file cannot be written
+        """
+        if not self._file.closed:
+            try:
+                self._write([end_frame()])
+            finally:
+                self._file.close()
+
+    def _write(self, frames: Iterable[Frame]) -> None:
+        if self._file.closed:
+            raise TraceError(f"{self.path}: written to after it was closed")
+        try:
+            for frame in frames:
+                rest = memoryview(b"".join(frame.parts))
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        except OSError as e:
+            raise TraceError(f"{self.path}: {e.strerror}") from e
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """Events are missing here.
+
+    :ivar count: how many
+    :ivar source: whether the guest's ring was full, or the reader of a stream slow
+    :ivar cpu: vCPU that they happened on; None if that is not known
+    """
+
+    count: int
+    source: LostSource
+    cpu: int | None
+
+
+_Item: TypeAlias = Event | Lost
+
+
+class Recording:
+    """A file in the format of streams: written by kgdbx, or a stream that somebody has kept.
+
+    Nothing in it is trusted. What is read before a fault is given before the error is raised.
+
+    :raises FormatError: if it is no such file
+    :raises TraceError: if it cannot be opened
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", _BUFFER_BYTES)
+        except OSError as e:
+            raise TraceError(f"{path}: {e.strerror}") from e
+        self._offset = 0
+        try:
+            self.clock = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+        self._decoder = RecordDecoder(self.clock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._file.close()
+
+    @property
+    def probes(self) -> dict[int, ProbeLayout]:
+        """Probes by number, those that were described up to here."""
+        return self._decoder.probes
+
+    def items(self) -> Iterator[_Item]:
+        """What is recorded, in its order; that of the vCPUs is by time, together it need not be.
+
+        :raises FormatError: at what is not the format, and where a recording was cut short
+        """
+        for items in self._frames():
+            yield from items
+
+    def convert(self, sink: Sink) -> None:
+        """Write all of it to another output, which is not closed.
+
+        :raises FormatError: at what is not the format, and where a recording was cut short
+        """
+        for item in self.items():
+            if isinstance(item, Lost):
+                sink.write_lost(item.count, item.cpu)
+            else:
+                sink.write((item,))
+
+    def _frames(self) -> Iterator[Iterator[_Item]]:
+        while True:
+            start = self._offset
+            header = self._read(FRAME_HEADER.size, "the header of a frame")
+            size, kind, _, record_bytes, count = FRAME_HEADER.unpack(header)
+            if size > FRAME_LIMIT_BYTES:
+                raise self._error(f"a frame of {size} bytes", start)
+            payload = self._read(size, "a frame")
+            at = start + FRAME_HEADER.size
+            if kind == FrameType.END:
+                return
+            if kind == FrameType.PROBES:
+                self._add_probes(payload, at)
+            elif kind == FrameType.RECORDS:
+                if count * record_bytes != size:
+                    raise self._error(f"{count} records of {record_bytes} bytes in {size}", start)
+                yield self._records(payload, record_bytes, at)
+            elif kind == FrameType.EVENTS:
+                yield self._events(payload, at)
+            elif kind == FrameType.LOST:
+                yield self._lost(payload, at)
+            # Others are of a later version that says nothing that is needed here.
+
+    def _read_header(self) -> Clock:
+        data = self._read(FILE_HEADER.size, "the header")
+        magic, version, size, order, *clock = FILE_HEADER.unpack(data)
+        if magic != MAGIC:
+            raise self._error("not a trace of kgdbx", 0)
+        if order != BYTE_ORDER or version != VERSION:
+            raise self._error(f"version {version}, byte order {order:#x}; this reads {VERSION}", 0)
+        if not FILE_HEADER.size <= size <= FRAME_LIMIT_BYTES:
+            raise self._error(f"a header of {size} bytes", 0)
+        if clock[3] >= _SHIFT_LIMIT:
+            raise self._error(f"a clock with a shift of {clock[3]}", 0)
+        self._read(size - FILE_HEADER.size, "the header")
+        return Clock(*clock)
+
+    def _add_probes(self, payload: bytes, at: int) -> None:
+        for offset, line in _lines(payload, at):
+            try:
+                self._decoder.add_probes([ProbeLayout.from_json(json.loads(line))])
+            except (ValueError, RecursionError, TraceError) as e:
+                raise self._error(f"not a probe: {e}", offset) from e
+
+    def _records(self, payload: bytes, record_bytes: int, at: int) -> Iterator[_Item]:
+        try:
+            for event in self._decoder.events(payload, record_bytes):
+                yield event
+                at += record_bytes
+        except TraceError as e:
+            raise self._error(str(e), at) from e
+
+    def _events(self, payload: bytes, at: int) -> Iterator[_Item]:
+        for offset, line in _lines(payload, at):
+            try:
+                yield event_from_line(line)
+            except ValueError as e:
+                raise self._error(str(e), offset) from e
+
+    def _lost(self, payload: bytes, at: int) -> Iterator[_Item]:
+        if len(payload) < LOST.size:
+            raise self._error(f"{len(payload)} bytes say what is lost", at)
+        count, source, cpu = LOST.unpack_from(payload)
+        if source not in list(LostSource):
+            raise self._error(f"lost at {source}, which is no place", at)
+        yield Lost(count, LostSource(source), None if cpu < 0 else cpu)
+
+    def _read(self, size_bytes: int, what: str) -> bytes:
+        try:
+            data = self._file.read(size_bytes)
+        except OSError as e:
+            raise TraceError(f"{self.path}: {e.strerror}") from e
+        if len(data) < size_bytes:
+            raise self._error(
+                f"cut short: {len(data)} of {size_bytes} bytes of {what}", self._offset
+            )
+        self._offset += size_bytes
+        return data
+
+    def _error(self, message: str, offset_bytes: int) -> FormatError:
+        return FormatError(message, str(self.path), offset_bytes)
+
+
+def _lines(payload: bytes, at: int) -> Iterator[tuple[int, str]]:
+    # Lines that hold anything, and where they are in the file.
+    for line in payload.split(b"\n"):
+        if line.strip():
+            yield at, decode_text(line)
+        at += len(line) + 1
