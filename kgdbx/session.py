@@ -7,28 +7,37 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
-from kgdbx.errors import CommandError, HandlerTimeout, KgdbxError, ProbeError, TargetLost
+from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost, TargetTimeout
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.defined import probe_from_definition
 from kgdbx.probes.definition import ProbeDefinition, parse_definition
 from kgdbx.probes.event import Event
+from kgdbx.probes.event_queue import EventfulManager, EventQueue
 from kgdbx.probes.manager import ProbeManager
 from kgdbx.probes.probe import Hit, Probe
 from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import read_script
+from kgdbx.resident.codegen import NotResident
+from kgdbx.resident.displacement import CannotDisplace
+from kgdbx.resident.tier import ResidentTier
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop, Target
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
 
-__all__ = ("GuestCommand", "Refused", "Session", "open_ram")
+__all__ = ("GuestCommand", "Refused", "Session", "Tier", "open_ram")
+
+Tier: TypeAlias = Literal["auto", "resident", "stop"]
+"""Where the hits of a definition are handled."""
+
+_NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
 
 _GLOB_LIMIT = 500
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -63,18 +72,36 @@ class Session:
 
     :param target: a stopped target
     :param kernel: the kernel in it
+    :param ram: the guest's RAM seen from the host
+    :param journal: file to note changes of the guest in while there are any
+    :ivar event_listeners: called with each event, when the handlers of its stop are through and
+        before the guest runs on
+    :ivar idle_hooks: called again and again during :meth:`run` while the guest runs, and once
+        more after it
     """
 
-    def __init__(self, target: Target, kernel: Kernel) -> None:
+    def __init__(
+        self,
+        target: Target,
+        kernel: Kernel,
+        *,
+        ram: GuestRam | None = None,
+        journal: Path | None = None,
+    ) -> None:
         self.target = target
         self.kernel = kernel
-        self.probes = ProbeManager(kernel)
         self.event_listeners: list[Callable[[Event], None]] = []
+        self.idle_hooks: list[Callable[[], None]] = []
+        self._events = EventQueue(self.event_listeners)
+        self.probes: ProbeManager = EventfulManager(kernel, self._events, self._take_resident)
+        self.resident = ResidentTier(kernel, self.probes.on_stop_between, ram, journal)
+        if isinstance(target, RspTarget) and ram is not None:
+            self.probes.use_doorbell(self.resident.doorbell)
+        self._done = threading.Event()
         self._stop_hooks: list[Callable[[Session], Any]] = []
         self._emitted = 0
         self._limit: int | None = None
         self._stop_on: set[str] = set()
-        self._listener_error: Exception | None = None
         self._closed = False
 
     @classmethod
@@ -100,6 +127,7 @@ class Session:
             info.vmlinux,
             debug_modules=info.debug_modules,
             ram=ram,
+            journal=info.journal,
         )
 
     @classmethod
@@ -110,17 +138,19 @@ class Session:
         *,
         debug_modules: Path | None = None,
         ram: GuestRam | None = None,
+        journal: Path | None = None,
     ) -> "Session":
         """Find the kernel in a target; the target is closed if that fails.
 
         :param debug_modules: directory with the debug files of its modules
         :param ram: the guest's RAM, if the target has it
+        :param journal: file to note changes of the guest in while there are any
         :raises BuildIdMismatch: if *vmlinux* is of another kernel
         """
         try:
             ram_end = sum(ram.ranges()[-1]) if ram is not None else 0
             kernel = Kernel.attach(target, vmlinux, debug_modules=debug_modules, ram_end=ram_end)
-            return cls(target, kernel)
+            return cls(target, kernel, ram=ram, journal=journal)
         except BaseException:
             target.close()
             raise
@@ -128,11 +158,19 @@ class Session:
     # Probes
 
     def define(
-        self, text: str | ProbeDefinition, *, hardware: bool = False, stop: bool = False
+        self,
+        text: str | ProbeDefinition,
+        *,
+        hardware: bool = False,
+        stop: bool = False,
+        tier: Tier = "auto",
     ) -> list[Probe]:
         """Register what a probe definition says; a pattern registers many.
 
+        :param hardware: stop by debug registers
         :param stop: leave the kernel standing after each event
+        :param tier: ``resident`` in the guest, ``stop`` the kernel at each hit, or ``auto``: in
+            the guest if that can be
         :raises DefinitionError: if the text is no definition
         :raises ProbeError: if the probe cannot be placed
         :raises Refused: if some of a pattern's functions could not be probed; the others are
@@ -146,14 +184,38 @@ class Session:
             probe.unregister()
             return [probe]
         if not definition.is_glob:
-            return [self._define_one(definition, hardware, stop)]
+            return [self._define_one(definition, hardware, stop, tier)]
+        return self.define_many(
+            self._expand(definition), hardware=hardware, stop=stop, tier=tier, inlined_copies=False
+        )
+
+    def define_many(
+        self,
+        definitions: Iterable[ProbeDefinition],
+        *,
+        hardware: bool = False,
+        stop: bool = False,
+        tier: Tier = "auto",
+        inlined_copies: bool = True,
+    ) -> list[Probe]:
+        """Register many at once, as :meth:`define` does one by one, and much faster.
+
+        :param inlined_copies: probe inlined copies of functions too
+        :raises Refused: if some could not be placed; the others are
+        """
         placed: list[Probe] = []
         errors: dict[str, str] = {}
-        for each in self._expand(definition):
-            try:
-                placed.append(self._define_one(each, hardware, stop))
-            except KgdbxError as e:
-                errors[each.function or ""] = str(e)
+        try:
+            with self.resident.engine.batch():
+                for each in definitions:
+                    try:
+                        placed.append(self._define_one(each, hardware, stop, tier, inlined_copies))
+                    except KgdbxError as e:
+                        errors[each.function or each.text] = str(e)
+        except BaseException:
+            for probe in reversed(placed):
+                probe.unregister()
+            raise
         if errors:
             raise Refused(placed, errors)
         return placed
@@ -216,26 +278,46 @@ class Session:
         :param command: a command under way in the guest
         :return: the stop, or None if the time or ``^C`` or the command ended it
         :raises TargetLost: if the guest shuts down or is killed
-        :raises Exception: what an event listener raised
+        :raises Exception: what an event listener or an idle hook raised
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._limit = None if count is None else self._emitted + count
-        done = threading.Event()
+        done = self._done = threading.Event()
         self.target.forget_stop_request()
-        with _stop_on_signals(self.target, done), _stop_at_end(self.target, command, done):
-            while not done.is_set():
-                remaining = None if deadline is None else deadline - time.monotonic()
-                if remaining is not None and remaining <= 0:
-                    break
-                stop = self.target.run(self.probes.on_stop, remaining)
-                if self._listener_error is not None:
-                    error, self._listener_error = self._listener_error, None
-                    raise error
-                if stop is not None:
-                    return stop
-                if command is None or command.poll() is not None:
-                    break
+        self._events.hurry = False
+        with (
+            _stop_on_signals(self.target, done, self._events),
+            _stop_at_end(self.target, command, done),
+        ):
+            try:
+                stop = self._run(done, deadline, command)
+            finally:
+                self._idle()
+            # Events of the guest's own making end a run without a stop that was one of them.
+            return self.target.interrupt() if stop is None and self.limit_reached else stop
+        return None  # a signal came while a listener was stuck
+
+    def _run(
+        self, done: threading.Event, deadline: float | None, command: GuestCommand | None
+    ) -> Stop | None:
+        while not done.is_set():
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                break
+            stop = self.target.run(self.probes.on_stop, remaining, self._idle)
+            self._events.raise_error()
+            if stop is not None:
+                return stop
+            if command is None or command.poll() is not None:
+                break
         return None
+
+    def _idle(self) -> None:
+        self._take_resident()
+        for hook in tuple(self.idle_hooks):
+            hook()
+        self._events.deliver()
+        self._events.raise_error()
 
     @property
     def limit_reached(self) -> bool:
@@ -257,6 +339,7 @@ class Session:
         try:
             self.target.interrupt()
             self.probes.close()
+            self.resident.close()
         except TargetLost:
             pass  # a guest that is gone needs no cleaning
 
@@ -266,10 +349,30 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _define_one(self, definition: ProbeDefinition, hardware: bool, stop: bool) -> Probe:
+    def _define_one(
+        self,
+        definition: ProbeDefinition,
+        hardware: bool,
+        stop: bool,
+        tier: Tier,
+        inlined_copies: bool = True,
+    ) -> Probe:
         if definition.name is None:
             definition = self._named(definition)
+        reason = _stops_because(definition, hardware, stop, tier)
+        if not reason:
+            try:
+                resident = self.resident.probe(definition, inlined_copies=inlined_copies)
+                return self.probes.register(resident)
+            except _NOT_RESIDENT as e:
+                if tier == "resident":
+                    raise
+                reason = str(e)
+        elif tier == "resident":
+            raise ProbeError(f"{definition.event_name} cannot run in the guest: {reason}")
         probe = probe_from_definition(definition, self.kernel, self._emit, hardware=hardware)
+        probe.tier_reason = reason
+        probe.inlined_copies &= inlined_copies
         self.probes.register(probe)
         (self._stop_on.add if stop else self._stop_on.discard)(probe.name)
         return probe
@@ -308,18 +411,33 @@ class Session:
                 text="",
             )
 
+    def _take_resident(self) -> None:
+        # What was recorded in the guest: the order is kept with what is handled at stops.
+        for event in self.resident.events(final=not self.target.running):
+            if self.limit_reached:
+                return
+            self._emitted += 1
+            self._events.append(event)
+        if self.limit_reached:
+            self._done.set()
+            self.target.request_stop()
+
     def _emit(self, event: Event, hit: Hit) -> None:
         self._emitted += 1
-        try:
-            for listener in tuple(self.event_listeners):
-                listener(event)
-        except HandlerTimeout:
-            raise  # a reader that has stopped reading: counted as a fault, and the run goes on
-        except Exception as e:  # not the handler's fault: run() raises it when the kernel stands
-            self._listener_error = self._listener_error or e
-            hit.stop()
+        self._events.append(event)
         if self.limit_reached or event.probe in self._stop_on:
             hit.stop()
+
+
+def _stops_because(definition: ProbeDefinition, hardware: bool, stop: bool, tier: Tier) -> str:
+    # What was asked for that code in the guest cannot do, whatever the definition.
+    if tier == "stop":
+        return "asked for"
+    if definition.kind not in "pr":
+        return "a data watch"
+    if hardware:
+        return "a debug register is asked for"
+    return "the kernel is to stand after each event" if stop else ""
 
 
 def open_ram(info: VmInfo) -> GuestRam:
@@ -328,7 +446,7 @@ def open_ram(info: VmInfo) -> GuestRam:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(target: Target, done: threading.Event) -> Iterator[None]:
+def _stop_on_signals(target: Target, done: threading.Event, events: EventQueue) -> Iterator[None]:
     # ^C ends the run at a point where nothing is half done; so do requests to end the process,
     # which then goes on with its way out.
     if threading.current_thread() is not threading.main_thread():
@@ -339,11 +457,15 @@ def _stop_on_signals(target: Target, done: threading.Event) -> Iterator[None]:
     def note(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
         done.set()
+        events.hurry = True
         target.request_stop()
 
     previous = {number: signal.signal(number, note) for number in _ENDING}
     try:
         yield
+    except KeyboardInterrupt:
+        if not caught:
+            raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

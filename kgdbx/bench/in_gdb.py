@@ -13,7 +13,7 @@ from kgdbx.session import Session
 
 __all__ = ("main",)
 
-_WARM_UP = 20
+_WARM_UP = 200
 
 
 class _Plain(gdb.Breakpoint):

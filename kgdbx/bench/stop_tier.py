@@ -37,7 +37,7 @@ _LOOPING = "dd if=/dev/zero of=/dev/null bs=64M"
 _HITS = 400
 _CALLS = 20000
 _GDB_S = 120
-_WARM_UP = 20
+_WARM_UP = 200
 _NOP_BYTES = 5  # ftrace's, at the start of both functions
 # The kernel has no jprobes any more: a kprobe event that fetches the argument does their work.
 _KERNEL_EVENTS = {

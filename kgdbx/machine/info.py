@@ -85,6 +85,11 @@ class VmInfo:
         """Whether its QEMU runs."""
         return is_alive(self.pid, self.started)
 
+    @property
+    def journal(self) -> Path:
+        """Where a session notes what it has changed in the guest; gone with the VM."""
+        return self.directory / "journal"
+
 
 def validate_name(name: str) -> None:
     """Check a VM's name.

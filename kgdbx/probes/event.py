@@ -23,6 +23,7 @@ class Event:
     :ivar fields: values in the order of the definition
     :ivar return_address: where a returning function returns to, otherwise None
     :ivar return_where: the same as text, otherwise empty
+    :ivar duration_ns: nanoseconds since the function was entered, at a return; None if not known
     """
 
     ts_ns: int
@@ -35,3 +36,4 @@ class Event:
     fields: Mapping[str, Any]
     return_address: int | None = None
     return_where: str = ""
+    duration_ns: int | None = None

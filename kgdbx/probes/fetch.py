@@ -44,8 +44,11 @@ __all__ = (
     "Unreadable",
     "compile_condition",
     "compile_fields",
+    "converter",
+    "decode_text",
     "evaluate",
     "locate",
+    "plain_value",
 )
 
 MAX_STRING_BYTES = 256
@@ -342,7 +345,7 @@ def _text(expr: Expr) -> Callable[[Scope], str]:
 
 def _comm(scope: Scope) -> str:
     comm = scope.special("comm", None)
-    return _decode(comm.string_()) if isinstance(comm, drgn.Object) else str(comm)
+    return decode_text(comm.string_()) if isinstance(comm, drgn.Object) else str(comm)
 
 
 def _string(expr: Expr, *, user: bool) -> Callable[[Scope], str]:
@@ -354,7 +357,7 @@ def _string(expr: Expr, *, user: bool) -> Callable[[Scope], str]:
     def read(scope: Scope) -> str:
         pointer = value(scope)
         if _resolve(pointer.type_)[0] is drgn.TypeKind.ARRAY:
-            return _decode(pointer.string_())
+            return decode_text(pointer.string_())
         return _read_string(scope, int(pointer), user)
 
     return read
@@ -369,7 +372,7 @@ def _fetcher(each: Field) -> Callable[[Scope], FieldValue]:
     user = to.base == "ustring" or (isinstance(expr, Dereference) and expr.user)
     if to.is_string and to.count is None:
         return _string(expr, user=user)
-    convert = _converter(to, user)
+    convert = converter(to, user)
     if to.count is not None:
         size, memory = to.size_bytes, _memory(expr, to.size_bytes * to.count)
 
@@ -386,7 +389,11 @@ def _fetcher(each: Field) -> Callable[[Scope], FieldValue]:
     return lambda scope: convert(scope, int(value(scope)))
 
 
-def _converter(to: FetchType, user: bool) -> Callable[[Scope, int], FieldValue]:
+def converter(to: FetchType, user: bool = False) -> Callable[[Scope, int], FieldValue]:
+    """A function that makes the value of a typed field of the number that was read for it.
+
+    :param user: a string is in user memory, wherever its address points
+    """
     bits = 8 * to.size_bytes
     mask, sign = (1 << bits) - 1, 1 << (bits - 1)
     match to.base:
@@ -414,10 +421,14 @@ def _untyped(expr: Expr) -> Callable[[Scope], FieldValue]:
         isinstance(expr, Special) and expr.name == "stack"
     ):
         return lambda scope: Hex(int(value(scope)))
-    return lambda scope: _plain(value(scope))
+    return lambda scope: plain_value(value(scope))
 
 
-def _plain(value: drgn.Object) -> FieldValue:
+def plain_value(value: drgn.Object) -> FieldValue:
+    """Value of a field without a type.
+
+    :raises TypeError: if it cannot be shown, such as a floating-point number
+    """
     kind, underlying = _resolve(value.type_)
     if kind is drgn.TypeKind.POINTER:
         return Hex(int(value))
@@ -426,11 +437,11 @@ def _plain(value: drgn.Object) -> FieldValue:
     if kind is drgn.TypeKind.ARRAY:
         element = _resolve(underlying.type)[1]
         if element.primitive in _CHARS:
-            return _decode(value.string_())
+            return decode_text(value.string_())
         if element.primitive is drgn.PrimitiveType.C_UNSIGNED_CHAR:
             raw: bytes = value.to_bytes_()
             return raw
-        return [_plain(each) for each in value]
+        return [plain_value(each) for each in value]
     if kind in _AGGREGATES:
         text = value.format_(type_name=False, member_type_names=False, symbolize=False)
         return " ".join(text.split())
@@ -486,11 +497,12 @@ def _read_string(scope: Scope, address: int, user: bool) -> str:
         text, end, _ = chunk.partition(b"\0")
         data += text
         if end:
-            return _decode(data)
-    return _decode(data) + "..."
+            return decode_text(data)
+    return decode_text(data) + "..."
 
 
-def _decode(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
+    """Text of a string of the kernel; bytes that are not UTF-8 are shown as ``\\xff``."""
     return data.decode("utf-8", "backslashreplace")
 
 

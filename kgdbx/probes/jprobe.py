@@ -38,6 +38,7 @@ class Jprobe(Kprobe):
     """
 
     kind = "j"
+    inlined_copies = True
 
     def __init__(
         self,

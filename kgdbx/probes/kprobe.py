@@ -31,6 +31,7 @@ class Kprobe(Probe):
     """
 
     kind = "p"
+    inlined_copies = True
 
     def __init__(
         self,

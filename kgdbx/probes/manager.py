@@ -4,12 +4,12 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 
-from kgdbx.errors import ProbeError, SymbolError, TargetError
+from kgdbx.errors import KgdbxError, ProbeError, SymbolError, TargetError
 from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance, ReturnTable
 from kgdbx.probes.module_events import ModuleEvents
 from kgdbx.probes.probe import HandlerFault, Hit, Probe, State
 from kgdbx.probes.resolve import parse_place, resolve_points
-from kgdbx.probes.site import Site
+from kgdbx.probes.site import Doorbell, Site
 from kgdbx.probes.watch import Watch
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.modules import LoadedModule
@@ -19,6 +19,7 @@ __all__ = ("ProbeManager",)
 
 _IDLE_RETURN_SITES = 256
 _HANDLER_LIMIT_S = 10.0
+_BUSY_HITS = 64  # a doorbell takes as long to install as about as many breakpoints' stops
 
 
 class ProbeManager:
@@ -45,6 +46,10 @@ class ProbeManager:
         self._module_events = ModuleEvents(self)
         self._dispatching = False
         self._stale: list[Site] = []
+        self._doorbell: Doorbell | None = None
+        self._busy: Site | None = None  # hit often enough to be worth a doorbell
+        self._promoting = False
+        self._must_stand = False
 
     def __iter__(self) -> Iterator[Probe]:
         """The registered probes, in the order of their registration."""
@@ -138,6 +143,10 @@ class ProbeManager:
 
     # Stops
 
+    def use_doorbell(self, doorbell: Doorbell) -> None:
+        """Put a doorbell in the place of each breakpoint that is hit often."""
+        self._doorbell = doorbell
+
     def on_stop(self, stop: Stop) -> bool:
         """Handle a stop of the kernel.
 
@@ -146,6 +155,8 @@ class ProbeManager:
         self.kernel.stopped()
         if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
             return False
+        if self._doorbell is not None and self._doorbell.rang(stop):
+            return self._on_doorbell(self._doorbell)
         target = self.kernel.target
         regs = target.read_registers(stop.cpu)
         hit = Hit(self.kernel, stop.cpu, regs, regs.rip)
@@ -159,7 +170,50 @@ class ProbeManager:
             self._dispatching = False
             target.write_registers(stop.cpu, hit.regs)
             self._remove_stale()
+        if self._busy is not None and self._doorbell is not None and not hit.stop_requested:
+            return self._promote(self._busy, self._doorbell)
         return not hit.stop_requested
+
+    def _on_doorbell(self, doorbell: Doorbell) -> bool:
+        stands = False
+        self._dispatching = True
+        try:
+            for cpu, address, regs in doorbell.hits():
+                hit = Hit(self.kernel, cpu, regs, address)
+                site = self._sites.get(address)
+                resume = site.resume if site is not None else None
+                try:
+                    if resume is not None:
+                        self._on_breakpoint(hit)
+                finally:
+                    stands = stands or hit.stop_requested
+                    doorbell.release(cpu, hit.regs, resume, stands=hit.stop_requested)
+        finally:
+            self._dispatching = False
+            self._remove_stale()
+        return not stands
+
+    def _promote(self, site: Site, doorbell: Doorbell) -> bool:
+        # The guest runs meanwhile, and other probes may be hit.
+        self._busy = None
+        if self._promoting or self._sites.get(site.address) is not site:
+            return True
+        self._promoting = True
+        self._must_stand = False
+        try:
+            site.promote(doorbell)
+        except KgdbxError as e:
+            site.unpromoted = str(e)
+        finally:
+            self._promoting = False
+        return not self._must_stand
+
+    def on_stop_between(self, stop: Stop) -> bool:
+        """As :meth:`on_stop`, for stops while the guest makes calls for us: it goes on in any
+        case, and what a handler asked for comes after them.
+        """
+        self._must_stand |= not self.on_stop(stop)
+        return True
 
     def _on_breakpoint(self, hit: Hit) -> None:
         site = self._sites.get(hit.regs.rip)
@@ -175,6 +229,9 @@ class ProbeManager:
             site = None if next_site is site else next_site
 
     def _run_site(self, site: Site, hit: Hit) -> None:
+        site.hits += 1
+        if site.hits == _BUSY_HITS and site.can_ring:
+            self._busy = site
         if site.watches_returns:
             self._run_returns(site, hit)
             hit.address = site.address
@@ -213,7 +270,7 @@ class ProbeManager:
         place = parse_place(probe.where)
         loaded = self.kernel.modules.find(place.module) if place.module else None
         points, probe.notes = resolve_points(
-            self.kernel, place, module=loaded, inlined=probe.kind in "pj"
+            self.kernel, place, module=loaded, inlined=probe.inlined_copies
         )
         if place.module or any(p.function.module for p in points or ()):
             self._module_events.follow()
@@ -231,6 +288,7 @@ class ProbeManager:
                 site = self._site(attachment.point.address, kind)
                 site.attachments.append(attachment)
                 site.insert()
+            probe.install()
         except BaseException:
             self._withdraw(probe)
             self._remove_stale()
@@ -258,6 +316,7 @@ class ProbeManager:
                 if not any(other.register == probe.register for other in self._watches):
                     self.kernel.target.remove_breakpoint(*probe.register)
             return
+        probe.uninstall()
         if isinstance(probe, Kretprobe):
             self.returns.forget(probe)
         for site in tuple(self._sites.values()):
@@ -334,7 +393,7 @@ class ProbeManager:
                 continue
             try:
                 points, probe.notes = resolve_points(
-                    self.kernel, place, module=module, inlined=probe.kind in "pj"
+                    self.kernel, place, module=module, inlined=probe.inlined_copies
                 )
                 probe.points = points or ()
                 self._attach(probe)

@@ -132,6 +132,11 @@ class Probe(abc.ABC):
     """
 
     kind = "?"
+    tier = "stop"
+    """Where hits are handled: at a stop of the kernel, or ``resident`` in the guest."""
+
+    inlined_copies = False
+    """Whether the copies of a function that were inlined elsewhere are probed too."""
 
     def __init__(
         self, where: str | int, *, name: str | None = None, hardware: bool = False
@@ -148,6 +153,7 @@ class Probe(abc.ABC):
         self.faults: collections.deque[HandlerFault] = collections.deque(maxlen=_FAULTS_KEPT)
         self.handler_s = 0.0
         self.notes: tuple[str, ...] = ()
+        self.tier_reason = ""  # why it is not resident, though it might have been
         self.text = f"{self.kind} {where:#x}" if isinstance(where, int) else f"{self.kind} {where}"
         self.manager: ProbeManager | None = None
 
@@ -187,6 +193,15 @@ class Probe(abc.ABC):
 
         :raises ProbeError: EINVAL if a handler does not fit
         """
+
+    def install(self) -> None:  # noqa: B027
+        """Do what :meth:`attachments` do not, after them. Nothing here.
+
+        :raises ProbeError: if it cannot be done; nothing is changed then
+        """
+
+    def uninstall(self) -> None:  # noqa: B027
+        """Undo :meth:`install`; does nothing without."""
 
     def call(self, handler: Callable[..., Any], name: str, *arguments: Any) -> Any:
         """Run a handler; what it raises is recorded, never passed on.

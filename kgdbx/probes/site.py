@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from kgdbx.arch.emulate import Emulator, emulator_for
@@ -14,7 +14,7 @@ from kgdbx.probes.probe import Hit, Point, Probe
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
 
-__all__ = ("Attachment", "Site")
+__all__ = ("Attachment", "Doorbell", "Site")
 
 _IDT_BYTES = 32 * 16
 _STEP_S = 30.0  # a repeated string instruction is one step an iteration
@@ -37,6 +37,28 @@ class Attachment(Protocol):
         """Runs when the instruction takes an exception; True if that is dealt with."""
 
 
+class Doorbell(Protocol):
+    """Stops at functions' entries by other means than a breakpoint, with the same effect."""
+
+    def insert(self, address: int) -> int:
+        """Have the function at an address stop the kernel; where it goes on afterwards.
+
+        :raises ProbeError: if that cannot be done there
+        """
+
+    def remove(self, address: int) -> None:
+        """Put the function's code back."""
+
+    def rang(self, stop: Stop) -> bool:
+        """Whether a stop is one of these."""
+
+    def hits(self) -> Iterator[tuple[int, int, Registers]]:
+        """vCPU, probed address and registers of each vCPU that waits."""
+
+    def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
+        """Let a vCPU go on with its registers when the kernel runs."""
+
+
 class Site:
     """A breakpoint with its attachments, in the order of their registration.
 
@@ -50,11 +72,15 @@ class Site:
         self.attachments: list[Attachment] = []
         self.watches_returns = False
         self.inserted = False
+        self.hits = 0
+        self.unpromoted = ""  # why there is no doorbell
+        self.resume: int | None = None  # where the code goes on behind a doorbell
         self.boosted = 0
         self.stepped = 0
         self._kernel = kernel
         self._code = b""
         self._emulator: Emulator | None = None
+        self._doorbell: Doorbell | None = None
 
     def insert(self) -> None:
         """Put the breakpoint into the guest."""
@@ -62,9 +88,34 @@ class Site:
             self._kernel.target.insert_breakpoint(self.kind, self.address)
             self.inserted = True
 
+    @property
+    def can_ring(self) -> bool:
+        """Whether a doorbell may take the breakpoint's place: one that is not there for the
+        returns of a call, at the first instruction of a function.
+        """
+        return (
+            self.kind is BreakpointKind.SOFTWARE
+            and not self.watches_returns
+            and bool(self.attachments)
+            and all(attachment.point.is_entry for attachment in self.attachments)
+        )
+
+    def promote(self, doorbell: Doorbell) -> None:
+        """Put a doorbell in the breakpoint's place.
+
+        :raises ProbeError: if that cannot be done here; the breakpoint stays
+        """
+        self.resume = doorbell.insert(self.address)
+        self._doorbell = doorbell
+        self._kernel.target.remove_breakpoint(self.kind, self.address)
+
     def remove(self) -> None:
         """Take the breakpoint out of the guest."""
-        if self.inserted:
+        if self._doorbell is not None:
+            self._doorbell.remove(self.address)
+            self._doorbell = self.resume = None
+            self.inserted = False
+        elif self.inserted:
             self._kernel.target.remove_breakpoint(self.kind, self.address)
             self.inserted = False
 
@@ -77,6 +128,10 @@ class Site:
             is armed
         :return: whether it ended; otherwise it took an exception, which goes its own way
         """
+        if self.resume is not None:
+            hit.regs.rip = self.resume  # there was a NOP, and endbr64 at the most
+            self.boosted += 1
+            return True
         emulator = self._current_emulator()
         if emulator is not None and not (on_watchpoint and emulator.touches_memory):
             try:
@@ -90,13 +145,16 @@ class Site:
 
     def skip_displaced(self, hit: Hit) -> None:
         """Go on behind the instruction without doing it."""
+        if self.resume is not None:
+            hit.regs.rip = self.resume
+            return
         self._current_emulator()
         hit.regs.rip = self.address + len(self._code)
 
     @property
     def is_boosted(self) -> bool:
         """Whether the displaced instruction is emulated rather than single-stepped."""
-        return self._current_emulator() is not None
+        return self.resume is not None or self._current_emulator() is not None
 
     def _current_emulator(self) -> Emulator | None:
         # The kernel patches its own text while it runs (jump labels, static calls, ftrace), so

@@ -13,6 +13,8 @@ LAYERS = (
     {"target"},
     {"symbols"},
     {"probes"},
+    {"resident"},
+    {"trace"},
     {"machine"},
     {"session", "gdb_launch"},
     {"doctor"},

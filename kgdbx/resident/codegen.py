@@ -1,0 +1,207 @@
+"""From probe definitions to C that filters and records their hits inside the guest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import drgn
+
+from kgdbx.errors import ProbeError, SymbolError
+from kgdbx.probes.definition import Field, ProbeDefinition, expand_fields
+from kgdbx.probes.expression import Expr, format_expression
+from kgdbx.probes.fetch import FieldValue, Unreadable
+from kgdbx.probes.probe import Point
+from kgdbx.probes.scope import KernelScope
+from kgdbx.resident.code import FAILURES, Code
+from kgdbx.resident.fields import Recorded, record_field
+from kgdbx.resident.lower import Lowering
+from kgdbx.resident.names import Names
+from kgdbx.resident.record import ENTRY_FIELDS_AT, RETURN_FIELDS_AT
+from kgdbx.resident.values import NotResident
+from kgdbx.symbols.kernel import Kernel
+
+__all__ = ("Body", "MAX_RECORD_BYTES", "NotResident", "RecordField", "decode_fields", "generate")
+
+MAX_RECORD_BYTES = 4096
+"""Longest record that is made."""
+
+_MASK_BYTES = 8
+_MAX_FAULT_BITS = 8 * _MASK_BYTES
+_FOREIGN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    drgn.FaultError,
+    drgn.ObjectAbsentError,
+    drgn.OutOfBoundsError,
+)
+
+
+@dataclass(frozen=True)
+class RecordField:
+    """A field of a record.
+
+    :ivar offset_bytes: from the start of the record
+    :ivar size_bytes: length of what *decode* takes; nothing for a value that is always the same
+    :ivar fault_bit: the bit of the mask that is set if it could not be had; None if it always can.
+        The first 8 bytes are then the address that could not be read
+    :ivar expression: its text
+    """
+
+    name: str
+    offset_bytes: int
+    size_bytes: int
+    fault_bit: int | None
+    decode: Callable[[bytes], FieldValue]
+    expression: str = ""
+
+
+@dataclass(frozen=True)
+class Body:
+    """The C of a probe; the functions that it goes into have a ``const struct context *c``.
+
+    :ivar condition: statements that return 1 to pass, 0 to drop, -1 if a read failed
+    :ivar fill: statements that write the fields into the record ``u8 *rec``
+    :ivar saves: C expressions over ``c`` at the entry, each an u64 kept for the return
+    :ivar record_bytes: from the start of the record to the end of the last field
+    :ivar uses_regs: whether ``c->regs`` is used
+    :ivar calls_kernel: whether functions of the kernel are called
+    :ivar mask_offset_bytes: where the mask of unreadable fields is; None if there is none
+    """
+
+    condition: str | None
+    fill: str
+    saves: tuple[str, ...]
+    record_bytes: int
+    fields: tuple[RecordField, ...]
+    uses_regs: bool
+    calls_kernel: bool
+    mask_offset_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    field: Field
+    code: Code
+    recorded: Recorded
+
+
+def generate(definition: ProbeDefinition, kernel: Kernel, point: Point) -> Body:
+    """Compile a definition for one point.
+
+    :raises NotResident: if it cannot run in the guest; with the reason
+    """
+    if definition.kind not in ("p", "r"):
+        raise NotResident("a data watch has no instruction of its own")
+    is_return = definition.kind == "r"
+    names = Names(kernel, point, is_return)
+    scope = KernelScope(kernel)
+    known = {"vars": names.parameter_names, "params": names.parameter_names}
+    condition, calls = None, False
+    if definition.condition is not None:
+        code = Code("return -1", reports=False)
+        condition = _condition(definition.condition, Lowering(names, code))
+        calls = code.calls_kernel
+    parts = [
+        _part(number, field, names, scope)
+        for number, field in enumerate(expand_fields(definition.fields, known))
+    ]
+    start = RETURN_FIELDS_AT if is_return else ENTRY_FIELDS_AT
+    failing = [part for part in parts if part.code.can_fail]
+    if len(failing) > _MAX_FAULT_BITS:
+        raise NotResident(f"more than {_MAX_FAULT_BITS} fields that may be unreadable")
+    mask_offset = start if failing else None
+    fields, lines, end = _layout(parts, start + _MASK_BYTES * bool(failing))
+    if end > MAX_RECORD_BYTES:
+        raise NotResident(f"a record of {end} bytes; at most {MAX_RECORD_BYTES}")
+    if failing:
+        lines = ["u64 mask = 0, at;", *lines, f"__builtin_memcpy(rec + {start}, &mask, 8);"]
+    return Body(
+        condition,
+        "\n".join(f"\t{line}" for line in lines),
+        tuple(names.saves),
+        end,
+        tuple(fields),
+        names.uses_regs,
+        calls or any(part.code.calls_kernel for part in parts),
+        mask_offset,
+    )
+
+
+def decode_fields(body: Body, record: bytes) -> dict[str, FieldValue]:
+    """Values of the fields in a record, as :func:`kgdbx.probes.fetch.compile_fields` gives them.
+
+    :param record: the whole record with its header
+    """
+    at = body.mask_offset_bytes
+    mask = 0 if at is None else int.from_bytes(record[at : at + _MASK_BYTES], "little")
+    values: dict[str, FieldValue] = {}
+    for field in body.fields:
+        start = field.offset_bytes
+        data = record[start : start + max(8, field.size_bytes)]
+        if mask and field.fault_bit is not None and mask >> field.fault_bit & 1:
+            values[field.name] = _unreadable(field, int.from_bytes(data[:8], "little"))
+        else:
+            values[field.name] = field.decode(data[: field.size_bytes])
+    return values
+
+
+def _unreadable(field: RecordField, address: int) -> Unreadable:
+    reason = FAILURES.get(address)
+    if reason is None:
+        return Unreadable(address)
+    return Unreadable(None, f"cannot evaluate '{field.expression}': {reason}")
+
+
+def _guarded(expr: Expr, error: Exception) -> NotResident:
+    reason = error.args[0] if error.args else type(error).__name__
+    return NotResident(f"cannot evaluate '{format_expression(expr)}': {reason}")
+
+
+def _condition(expr: Expr, lower: Lowering) -> str:
+    try:
+        test = lower.truth(expr)
+    except (*_FOREIGN, SymbolError, ProbeError) as e:
+        raise _guarded(expr, e) from e
+    code = lower.code
+    lines = ["u64 at;"] if code.calls_kernel else []
+    return "\n".join(f"\t{line}" for line in (*lines, *code.lines, f"return {test};"))
+
+
+def _part(number: int, field: Field, names: Names, scope: KernelScope) -> _Part:
+    code = Code(f"goto fail_{number}")
+    try:
+        recorded = record_field(field, Lowering(names, code), scope, "out")
+    except (*_FOREIGN, SymbolError, ProbeError) as e:
+        raise _guarded(field.expression, e) from e
+    return _Part(field, code, recorded)
+
+
+def _layout(parts: list[_Part], start: int) -> tuple[list[RecordField], list[str], int]:
+    fields: list[RecordField] = []
+    lines: list[str] = []
+    end, bit = start, 0
+    for number, part in enumerate(parts):
+        recorded, code = part.recorded, part.code
+        offset = recorded.header_offset_bytes
+        fault_bit = None
+        if offset is None:
+            offset = end
+            end += max(8, -(-recorded.size_bytes // 8) * 8) if code.lines else 0
+        if code.can_fail:
+            fault_bit, bit = bit, bit + 1
+        if code.lines:
+            lines += ["{", f"\tu8 *const out = rec + {offset};"]
+            lines += (f"\t{line}" for line in code.lines)
+            if fault_bit is not None:
+                lines += ["\tif (0) {", f"fail_{number}:", f"\t\tmask |= {1 << fault_bit:#x}UL;"]
+                lines += ["\t\t__builtin_memcpy(out, &at, 8);", "\t}"]
+            lines.append("}")
+        text = format_expression(part.field.expression)
+        fields.append(
+            RecordField(
+                part.field.name, offset, recorded.size_bytes, fault_bit, recorded.decode, text
+            )
+        )
+    return fields, lines, end

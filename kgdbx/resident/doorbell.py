@@ -1,0 +1,114 @@
+"""Stops for Python handlers without a breakpoint: the probed function itself rings for the host.
+
+A breakpoint makes QEMU drop all the code that it has translated, at every stop. A watchpoint does
+not, so a jump at the function's entry to code that writes a watched word stops the guest many
+times faster. Which of the two stopped it makes no difference to a handler.
+"""
+
+from collections.abc import Iterator
+
+from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
+from kgdbx.resident.bells import BELL_WATCH_BYTES
+from kgdbx.resident.engine import Engine, Program
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import BreakpointKind, Stop, StopReason
+
+__all__ = ("Doorbell",)
+
+
+class Doorbell:
+    """Takes the place of breakpoints at functions' entries.
+
+    :param engine: puts code into the guest
+    """
+
+    def __init__(self, kernel: Kernel, engine: Engine) -> None:
+        self._kernel = kernel
+        self._engine = engine
+        self._programs: dict[int, Program] = {}  # by the address that the user probes
+        self._places: dict[int, int] = {}  # that address by the one of the jump
+        self._watched: int | None = None
+
+    def insert(self, address: int) -> int:
+        """Have a function ring.
+
+        :param address: of its entry
+        :return: the address that it goes on at
+        :raises ProbeError: if its code cannot be patched, or the guest has no memory left
+        """
+        function = self._kernel.function_at(address)
+        assert function is not None, "a probe is in a function"
+        displacement = self._engine.displacement(function, address)
+        program = Program("bell", displacement)
+        self._engine.install([program])
+        self._programs[address] = program
+        self._places[displacement.address] = address
+        self._watch()
+        return displacement.resume
+
+    def remove(self, address: int) -> None:
+        """Put the function's code back."""
+        program = self._programs.pop(address)
+        del self._places[program.displacement.address]
+        self._engine.uninstall([program])
+        if not self._programs:
+            self._unwatch()
+
+    def rang(self, stop: Stop) -> bool:
+        """Whether a stop is one of ours."""
+        return stop.reason is StopReason.WATCHPOINT and stop.address == self._watched
+
+    def hits(self) -> Iterator[tuple[int, int, Registers]]:
+        """vCPU, probed address and registers of each vCPU that waits.
+
+        One whose probe has been removed is let go.
+        """
+        engine = self._engine
+        bells = engine.bells
+        if bells is None:
+            return
+        bases = {cpu: engine.gs_base(cpu) for cpu in range(bells.cpus)}
+        for bell in tuple(bells.waiting(engine.host, bases)):
+            address = self._places.get(bell.address)
+            if address is None:
+                bells.answer(engine.host, bell.cpu)
+                continue
+            bell.regs.rip = address
+            yield bell.cpu, address, bell.regs
+
+    def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
+        """Let a vCPU go on.
+
+        :param regs: what it shall go on with
+        :param resume: where it would go on by itself; None if its probe is gone
+        :param stands: the kernel is left standing: show the vCPU where the user expects it
+        """
+        bells = self._engine.bells
+        assert bells is not None
+        bells.answer(self._engine.host, cpu)
+        if stands or regs.rip != resume or regs.changed.keys() - {"rip"}:
+            # Out of our code altogether, with a whole new set of registers.
+            target = self._kernel.target
+            actual = target.read_registers(cpu)
+            for name in (*GENERAL_REGISTERS, "eflags"):
+                actual[name] = regs[name]
+            target.write_registers(cpu, actual)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._unwatch()
+
+    def _watch(self) -> None:
+        bells = self._engine.bells
+        if self._watched is None and bells is not None:
+            self._kernel.target.insert_breakpoint(
+                BreakpointKind.WATCH_WRITE, bells.watched, BELL_WATCH_BYTES
+            )
+            self._watched = bells.watched
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._kernel.target.remove_breakpoint(
+                BreakpointKind.WATCH_WRITE, self._watched, BELL_WATCH_BYTES
+            )
+            self._watched = None

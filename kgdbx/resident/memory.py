@@ -1,0 +1,187 @@
+"""Memory of the guest that is ours: taken from its own allocator, mapped where code may run.
+
+Pages come from ``alloc_pages_exact()`` and have an address in the direct map, where the kernel lets
+nothing be executed. So they are mapped a second time, through a page table of ours, in a window
+of 2 MiB near the end of the module area: within reach of a ``rel32`` jump from the kernel's text
+and its modules, KASLR or not. One entry of ``level2_fixmap_pgt``, which every process shares,
+leads there. The entry was not present, and such entries are not cached: nothing needs flushing.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from kgdbx.errors import ProbeError
+from kgdbx.resident.guest_call import Call, Script
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import BreakpointKind
+
+__all__ = (
+    "Block",
+    "GuestMemory",
+    "PAGE_BYTES",
+    "Window",
+    "flush_translations",
+)
+
+PAGE_BYTES = 4096
+_WINDOW_BYTES = 2 << 20
+_TOP_GIB = 0xFFFFFFFFC0000000  # what level2_fixmap_pgt maps, arch/x86/kernel/head_64.S
+# Above the places where modules are loaded, which are taken from the bottom, and below the
+# fixmap: MODULES_END is index 504 (Documentation/arch/x86/x86_64/mm.rst).
+_WINDOW_INDEXES = range(499, 435, -1)
+_TABLE_FLAGS = 0x063  # present, writable, accessed, dirty: arch/x86/include/asm/pgtable_types.h
+_PAGE_FLAGS = 0x063  # the same and executable; not global, so that it can be flushed
+# GFP_ATOMIC | __GFP_NOWARN | __GFP_ZERO, include/linux/gfp_types.h; the same numbers in 5.10-6.12
+_GFP = 0x20 | 0x800 | 0x2000 | 0x100
+_MAX_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pages of the guest's.
+
+    :ivar address: guest-virtual, in the direct map
+    """
+
+    address: int
+    size_bytes: int
+
+
+class GuestMemory:
+    """Takes memory from the guest's allocators and gives it back.
+
+    Everything that is taken is in :attr:`blocks` and :attr:`percpu` until it was given back.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._alloc = _either(kernel, "alloc_pages_exact", "alloc_pages_exact_noprof")
+        self._free = _either(kernel, "free_pages_exact")
+        self._percpu_alloc = _either(kernel, "__alloc_percpu_gfp", "pcpu_alloc_noprof")
+        self._percpu_has_reserved = not kernel.vmlinux.lookup("__alloc_percpu_gfp")
+        self._percpu_free = _either(kernel, "free_percpu")
+        self.blocks: list[Block] = []
+        self.percpu: list[int] = []
+
+    def pages(self, size_bytes: int, least_bytes: int | None = None) -> Script[Block]:
+        """Zeroed pages, physically contiguous.
+
+        :param size_bytes: a multiple of the page size, at most 4 MiB
+        :param least_bytes: take half as much, again and again, down to this, if there is no more
+        :raises ProbeError: if the guest has no memory left
+        """
+        least_bytes = least_bytes or size_bytes
+        size_bytes = min(size_bytes, _MAX_BLOCK_BYTES)
+        while True:
+            address = yield Call(self._alloc, (size_bytes, _GFP))
+            if address:
+                block = Block(address, size_bytes)
+                self.blocks.append(block)
+                return block
+            if size_bytes // 2 < least_bytes:
+                raise ProbeError(f"the guest has no {size_bytes >> 10} KiB of memory for probes")
+            size_bytes //= 2
+
+    def per_cpu(self, size_bytes: int) -> Script[int]:
+        """Zeroed memory of each CPU; the address is relative to its ``gs`` base.
+
+        :raises ProbeError: if the guest has none left
+        """
+        reserved = (0,) if self._percpu_has_reserved else ()
+        address = yield Call(self._percpu_alloc, (size_bytes, 64, *reserved, _GFP))
+        if not address:
+            raise ProbeError(f"the guest has no {size_bytes} bytes of per-CPU memory for probes")
+        self.percpu.append(address)
+        return address
+
+    def give_back(self, blocks: list[Block], percpu: list[int]) -> Script[None]:
+        """Free what was taken."""
+        for block in tuple(blocks):
+            yield Call(self._free, (block.address, block.size_bytes))
+            if block in self.blocks:
+                self.blocks.remove(block)
+        for address in tuple(percpu):
+            yield Call(self._percpu_free, (address,))
+            if address in self.percpu:
+                self.percpu.remove(address)
+
+
+class Window:
+    """The 2 MiB of virtual addresses where our pages can be executed.
+
+    :param table: one page for the page table
+    :raises ProbeError: if no entry is free
+    """
+
+    def __init__(self, kernel: Kernel, table: Block) -> None:
+        self._kernel = kernel
+        self._table = table
+        self._directory = kernel.address("level2_fixmap_pgt")
+        entries = struct.unpack("<512Q", kernel.memory.read(self._directory, PAGE_BYTES))
+        self._index = next((n for n in _WINDOW_INDEXES if not entries[n]), -1)
+        if self._index < 0:
+            raise ProbeError("no page-directory entry is free near the end of the module area")
+        self.start = _TOP_GIB + self._index * _WINDOW_BYTES
+        self._used = 0
+
+    @property
+    def end(self) -> int:
+        """First address behind the window."""
+        return self.start + _WINDOW_BYTES
+
+    @property
+    def entry(self) -> tuple[int, int]:
+        """Address and value of the page-directory entry."""
+        value = self._physical(self._table.address) | _TABLE_FLAGS
+        return self._directory + 8 * self._index, value
+
+    def open(self) -> None:
+        """Make the window visible to every vCPU. What was cached of an earlier one is dropped."""
+        address, value = self.entry
+        self._kernel.memory.write(address, value.to_bytes(8, "little"))
+        flush_translations(self._kernel, self.start)
+
+    def map(self, block: Block) -> int:
+        """Map a block; its address in the window.
+
+        :raises ProbeError: if the window is full
+        """
+        pages = block.size_bytes // PAGE_BYTES
+        if self._used + pages > 512:
+            raise ProbeError(f"the {_WINDOW_BYTES >> 20} MiB for probes' code are full")
+        first = self._physical(block.address)
+        entries = b"".join(
+            (first + n * PAGE_BYTES | _PAGE_FLAGS).to_bytes(8, "little") for n in range(pages)
+        )
+        self._kernel.memory.write(self._table.address + 8 * self._used, entries)
+        address = self.start + self._used * PAGE_BYTES
+        self._used += pages
+        return address
+
+    def close(self) -> None:
+        """Take the window away."""
+        self._kernel.memory.write(self.entry[0], bytes(8))
+        flush_translations(self._kernel, self.start)
+
+    def _physical(self, address: int) -> int:
+        return address - self._kernel.memory.direct_map
+
+
+def flush_translations(kernel: Kernel, start: int) -> None:
+    """Make every vCPU forget the translations that it has cached.
+
+    TCG drops them all when a watchpoint that crosses a page is inserted (cpu_watchpoint_insert()
+    in QEMU's system/watchpoint.c).
+
+    :param start: of a window
+    """
+    crossing = (BreakpointKind.WATCH_WRITE, start + PAGE_BYTES - 8, 16)
+    kernel.target.insert_breakpoint(*crossing)
+    kernel.target.remove_breakpoint(*crossing)
+
+
+def _either(kernel: Kernel, *names: str) -> int:
+    for name in names:
+        if kernel.vmlinux.lookup(name):
+            return kernel.address(name)
+    raise ProbeError(f"the kernel has no {names[0]}(), which probes inside the guest need")

@@ -1,0 +1,359 @@
+/*
+ * What the code of every resident probe begins with. Compiled for the running kernel: the
+ * constants in capitals (offsets of struct task_struct, per-CPU offsets) are given on top of it.
+ */
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+typedef signed char s8;
+typedef short s16;
+typedef int s32;
+typedef long s64;
+typedef _Bool bool;
+
+#define true 1
+#define false 0
+
+#define __always_inline inline __attribute__((always_inline))
+#define __handler __attribute__((no_caller_saved_registers, used))
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define barrier() __asm__ volatile("" ::: "memory")
+
+/* struct pt_regs, arch/x86/include/asm/ptrace.h */
+struct regs {
+	u64 r15, r14, r13, r12, bp, bx;
+	u64 r11, r10, r9, r8, ax, cx, dx, si, di;
+	u64 orig_ax, ip, cs, flags, sp, ss;
+};
+
+/* What a probe sees. Everything is inlined: what is not used costs nothing. */
+struct context {
+	u64 di, si, dx, cx, r8, r9; /* at an entry */
+	u64 sp;			    /* at an entry [sp] is the return address */
+	u64 ax, rdx;		    /* at a return */
+	const struct regs *regs;    /* where a probe asks for other registers */
+	const u8 *task;
+	const u64 *saved; /* at a return: what was kept at the entry */
+	u32 cpu;
+};
+
+/* A probe, in a data page of ours. The host writes it before the probe is reachable. */
+struct probe {
+	u64 counters; /* struct counters, per CPU */
+	u64 slots;    /* return probes: struct slot[maxactive] */
+	u32 maxactive;
+	u32 hint; /* slot that was free last */
+	u32 id;
+	u32 slot_bytes;
+	u64 address;
+	u64 spare[3];
+};
+
+struct counters {
+	u64 hits, nmissed, nfaults, spare;
+};
+
+/* A call that has not returned yet. */
+struct slot {
+	u64 busy;
+	u64 ret_addr;
+	u64 place; /* where the return address lay on the stack */
+	u64 task;
+	u64 tsc;
+	struct probe *probe;
+	u64 stub; /* the return address that names this slot: push $slot; jmp ... */
+	u64 saved[];
+};
+
+/* One CPU's ring, in a data page of ours. */
+struct ring {
+	u8 *base;
+	u64 tail;	/* the host has read what lies before: as the guest saw it last */
+	u64 host_tail;	/* written by the host, this one first */
+	u64 host_check; /* and this one after it: they differ while a write is under way */
+};
+
+/* The same CPU's write position: number of the CPU << 48, and records written. */
+struct position {
+	u64 head;
+	u64 lost;
+};
+
+struct record {
+	u64 seq;
+	u64 tsc;
+	u64 pid_tgid;
+	u32 probe;
+	u16 cpu, flags;
+	u64 comm[2];
+};
+
+struct return_record {
+	struct record common;
+	u64 ret_addr;
+	u64 entry_tsc;
+};
+
+#define POSITION_BITS 48
+#define POSITION_MASK ((1UL << POSITION_BITS) - 1)
+
+long copy_from_kernel_nofault(void *to, const void *from, u64 size);
+long copy_from_user_nofault(void *to, const void *from, u64 size);
+long strncpy_from_kernel_nofault(char *to, const void *from, long count);
+long strncpy_from_user_nofault(char *to, const void *from, long count);
+
+static __always_inline bool read_kernel(void *to, u64 from, u32 size)
+{
+	return !copy_from_kernel_nofault(to, (const void *)from, size);
+}
+
+static __always_inline bool read_user(void *to, u64 from, u32 size)
+{
+	return !copy_from_user_nofault(to, (const void *)from, size);
+}
+
+static __always_inline s64 string_kernel(char *to, u64 from, s64 size)
+{
+	return strncpy_from_kernel_nofault(to, (const void *)from, size);
+}
+
+static __always_inline s64 string_user(char *to, u64 from, s64 size)
+{
+	return strncpy_from_user_nofault(to, (const void *)from, size);
+}
+
+#define GS(type, at) (*(type __seg_gs *)(at))
+
+static __always_inline void gs_increment(u64 at)
+{
+	__asm__ volatile("incq %0" : "+m"(GS(u64, at))::"cc");
+}
+
+static __always_inline void gs_add32(u64 at, s32 value)
+{
+	__asm__ volatile("addl %1, %0" : "+m"(GS(u32, at)) : "ri"(value) : "memory", "cc");
+}
+
+/* One instruction: an interrupt, or a move to another CPU, makes it fail or comes after it. */
+static __always_inline bool gs_advance(u64 at, u64 from)
+{
+	bool done;
+
+	__asm__ volatile("cmpxchgq %3, %2"
+			 : "=@ccz"(done), "+a"(from), "+m"(GS(u64, at))
+			 : "r"(from + 1)
+			 : "memory");
+	return done;
+}
+
+static __always_inline u64 read_tsc(void)
+{
+	u32 low, high;
+
+	__asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (u64)high << 32 | low;
+}
+
+static __always_inline const u8 *current_task(void)
+{
+	return GS(const u8 *, CURRENT);
+}
+
+static __always_inline u32 current_cpu(void)
+{
+	return GS(u32, CPU_NUMBER);
+}
+
+static __always_inline void count_hit(const struct probe *p)
+{
+	gs_increment(p->counters);
+}
+
+static __always_inline void count_missed(const struct probe *p)
+{
+	gs_increment(p->counters + 8);
+}
+
+static __always_inline void count_fault(const struct probe *p)
+{
+	gs_increment(p->counters + 16);
+}
+
+/*
+ * A handler that calls functions of the kernel must not be entered by a probe in one of them: the
+ * hit is missed, as a hit inside a handler is with the kernel's own kprobes.
+ */
+static __always_inline bool enter_handler(const struct probe *p)
+{
+	gs_add32(PREEMPT_COUNT, 1);
+	barrier();
+	if (unlikely(GS(volatile u64, GUARD))) {
+		count_missed(p);
+		gs_add32(PREEMPT_COUNT, -1);
+		return false;
+	}
+	GS(volatile u64, GUARD) = 1;
+	return true;
+}
+
+static __always_inline void leave_handler(void)
+{
+	GS(volatile u64, GUARD) = 0;
+	barrier();
+	gs_add32(PREEMPT_COUNT, -1);
+}
+
+/*
+ * A place in this CPU's ring, or 0. The position names its CPU, so that a task that is moved to
+ * another one in between starts again.
+ */
+static __always_inline u8 *reserve(u64 positions, struct ring *rings, u64 slots, u32 slot_bytes,
+				   bool overwrite, u64 *seq)
+{
+	struct ring *ring;
+	u64 head, position;
+
+	do {
+		head = GS(volatile u64, positions);
+		ring = rings + (head >> POSITION_BITS);
+		position = head & POSITION_MASK;
+		if (!overwrite && unlikely(position - ring->tail >= slots)) {
+			u64 tail = *(volatile u64 *)&ring->host_tail;
+
+			if (tail == *(volatile u64 *)&ring->host_check)
+				ring->tail = tail;
+			if (position - ring->tail >= slots) {
+				gs_increment(positions + 8);
+				return 0;
+			}
+		}
+	} while (unlikely(!gs_advance(positions, head)));
+	*seq = head + 1;
+	return ring->base + (position & (slots - 1)) * slot_bytes;
+}
+
+static __always_inline void fill_header(struct record *record, const struct probe *p,
+					const u8 *task, u64 seq, u64 tsc)
+{
+	record->tsc = tsc;
+	record->pid_tgid = *(const u64 *)(task + TASK_PID);
+	record->probe = p->id;
+	*(u32 *)&record->cpu = seq >> POSITION_BITS;
+	record->comm[0] = *(const u64 *)(task + TASK_COMM);
+	record->comm[1] = *(const u64 *)(task + TASK_COMM + 8);
+}
+
+/* The host takes a record for whole once it has its number. */
+static __always_inline void commit(struct record *record, u64 seq)
+{
+	barrier();
+	*(volatile u64 *)&record->seq = seq & POSITION_MASK;
+}
+
+/* Take a return slot; 0 if all are in use. */
+static __always_inline struct slot *take_slot(struct probe *p)
+{
+	u32 first = p->hint, n;
+
+	for (n = 0; n < p->maxactive; n++) {
+		u32 index = first + n;
+		struct slot *slot;
+
+		if (index >= p->maxactive)
+			index -= p->maxactive;
+		slot = (struct slot *)(p->slots + (u64)index * p->slot_bytes);
+		if (!slot->busy) {
+			u64 taken = 1;
+
+			__asm__ volatile("xchgq %0, %1"
+					 : "+r"(taken), "+m"(slot->busy)::"memory");
+			if (!taken) {
+				p->hint = index;
+				return slot;
+			}
+		}
+	}
+	return 0;
+}
+
+/* Where a call returns to in truth: another return probe's stub stands for the address it keeps. */
+static __always_inline u64 true_return(u64 address)
+{
+	while (unlikely(address - WINDOW < WINDOW_BYTES))
+		address = ((struct slot *)(s64) * (s32 *)(address + 1))->ret_addr;
+	return address;
+}
+
+/* At a function's entry: have its return seen. */
+static __always_inline struct slot *hook_return(struct probe *p, const struct context *c)
+{
+	struct slot *slot = take_slot(p);
+
+	if (unlikely(!slot)) {
+		count_missed(p);
+		return 0;
+	}
+	slot->ret_addr = *(u64 *)c->sp;
+	slot->place = c->sp;
+	slot->task = (u64)c->task;
+	slot->tsc = read_tsc();
+	return slot;
+}
+
+static __always_inline void arm_return(struct slot *slot, const struct context *c)
+{
+	barrier();
+	*(volatile u64 *)c->sp = slot->stub;
+}
+
+static __always_inline void release_slot(struct slot *slot)
+{
+	barrier();
+	*(volatile u64 *)&slot->busy = 0;
+}
+
+/*
+ * A hit that the host has to see. The stop is a watchpoint on a word of ours: for a breakpoint TCG
+ * drops all its translated code, for a watchpoint it does not.
+ */
+struct bell {
+	u64 pending;
+	u64 address;
+	u64 cr3;
+	u64 tsc;
+	struct regs regs;
+};
+
+/*
+ * Called with interrupts off. Should no one answer, because kgdbx has died or nothing watches any
+ * more, the guest goes on after a second of its own time.
+ */
+static __always_inline void ring_bell(struct bell *bells, u64 *watched, const struct regs *regs,
+				      const struct probe *p)
+{
+	struct bell *bell = bells + current_cpu();
+	u64 start = read_tsc(), cr3;
+
+	if (unlikely(*(volatile u64 *)&bell->pending)) { /* a non-maskable interrupt */
+		count_missed(p);
+		return;
+	}
+	__asm__("mov %%cr3, %0" : "=r"(cr3));
+	bell->address = p->address;
+	bell->cr3 = cr3;
+	bell->tsc = start;
+	bell->regs = *regs;
+	barrier();
+	*(volatile u64 *)&bell->pending = 1;
+	*(volatile u64 *)watched = p->address;
+	while (*(volatile u64 *)&bell->pending) {
+		if (unlikely(read_tsc() - start > TSC_HZ)) {
+			*(volatile u64 *)&bell->pending = 0;
+			count_missed(p);
+			break;
+		}
+		__asm__ volatile("pause");
+	}
+}

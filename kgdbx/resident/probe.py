@@ -1,0 +1,146 @@
+"""A probe definition that runs inside the guest."""
+
+import errno
+
+from kgdbx.errors import ProbeError
+from kgdbx.probes.defined import place_text
+from kgdbx.probes.definition import ProbeDefinition, format_definition
+from kgdbx.probes.kretprobe import default_maxactive
+from kgdbx.probes.probe import Point, Probe
+from kgdbx.probes.site import Attachment
+from kgdbx.resident.codegen import generate
+from kgdbx.resident.engine import Engine, Program
+from kgdbx.resident.reader import EventReader, Recorded
+from kgdbx.symbols.kernel import Kernel
+
+__all__ = ("ResidentProbe",)
+
+
+class ResidentProbe(Probe):
+    """A kprobe or kretprobe whose hits are filtered and recorded by code in the guest.
+
+    :param definition: ``p`` or ``r``, of one function
+    :param engine: puts the code there
+    :param reader: is told what the records mean
+    :param inlined_copies: probe those of the function too
+    """
+
+    tier = "resident"
+
+    def __init__(
+        self,
+        definition: ProbeDefinition,
+        engine: Engine,
+        reader: EventReader,
+        *,
+        inlined_copies: bool = True,
+    ) -> None:
+        self._programs: list[Program] = []
+        self._counted = [0, 0, 0]
+        self._engine = engine
+        self._reader = reader
+        self._definition = definition
+        self.kind = definition.kind
+        self.inlined_copies = inlined_copies and definition.kind == "p"
+        name = f"{definition.event_group}/{definition.event_name}"
+        super().__init__(place_text(definition), name=name)
+        self.text = format_definition(definition)
+        self.maxactive = definition.maxactive
+
+    def attachments(self) -> tuple[Attachment, ...]:
+        """None: nothing of it is done at stops."""
+        return ()
+
+    def prepare(self, kernel: Kernel) -> None:
+        """Compile it for every place.
+
+        :raises NotResident: if the definition asks for what code in the guest cannot do
+        :raises CannotDisplace: if the code at a place cannot give way to a jump
+        """
+        if self.kind == "r":
+            self._check_return_points()
+            if self.maxactive <= 0:
+                self.maxactive = default_maxactive(kernel)
+        programs = []
+        for point in self.points:
+            programs.append(
+                Program(
+                    self.kind,
+                    self._engine.displacement(point.function, point.address),
+                    generate(self._definition, kernel, point),
+                    maxactive=self.maxactive if self.kind == "r" else 0,
+                    at_entry=point.is_entry,
+                )
+            )
+        self._programs = programs
+
+    def install(self) -> None:
+        """Put it into the guest, and say what its records mean."""
+        self._engine.install(self._programs)
+        for point, program in zip(self.points, self._programs, strict=True):
+            assert program.body is not None
+            where = self._engine.kernel.symbolize(point.address)
+            recorded = Recorded(self.name, self.kind, point.address, where, program.body)
+            self._reader.add(program.id, recorded)
+
+    def uninstall(self) -> None:
+        """Take it out of the guest; what it counted stays."""
+        programs, self._programs = self._programs, []
+        counted = [self._engine.counts(p) for p in programs if p.id in self._engine.programs]
+        self._engine.uninstall(programs)
+        for counts in counted:
+            self._counted[0] += counts.hits
+            self._counted[1] += counts.nmissed
+            self._counted[2] += counts.nfaults
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Its code in the guest, a program for each place."""
+        return tuple(self._programs)
+
+    @property
+    def hits(self) -> int:
+        """Hits so far, those that the condition dropped included."""
+        return self._total(0)
+
+    @hits.setter
+    def hits(self, value: int) -> None:
+        self._counted[0] = value
+
+    @property
+    def nmissed(self) -> int:
+        """Calls without a free instance, and hits inside a handler."""
+        return self._total(1)
+
+    @nmissed.setter
+    def nmissed(self, value: int) -> None:
+        self._counted[1] = value
+
+    @property
+    def nfaults(self) -> int:
+        """Hits whose condition could not be evaluated."""
+        return self._total(2)
+
+    @nfaults.setter
+    def nfaults(self, value: int) -> None:
+        self._counted[2] = value
+
+    def _total(self, index: int) -> int:
+        total = self._counted[index]
+        for program in self._programs:
+            if program.id in self._engine.programs:
+                counts = self._engine.counts(program)
+                total += (counts.hits, counts.nmissed, counts.nfaults)[index]
+        return total
+
+    def _check_return_points(self) -> None:
+        for point in self.points:
+            if not point.is_entry:
+                raise ProbeError(
+                    f"a return probe goes to the entry of a function, not to {_shown(point)}",
+                    errno.EINVAL,
+                )
+
+
+def _shown(point: Point) -> str:
+    return f"{point.function.qualified_name}+{point.offset_bytes:#x}"

@@ -1,0 +1,111 @@
+"""From records in the guest's rings to events, in the order in which they happened."""
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from kgdbx.probes.event import Event
+from kgdbx.resident.clock import Clock
+from kgdbx.resident.codegen import Body, decode_fields
+from kgdbx.resident.record import HEADER
+from kgdbx.resident.ring import Batch
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.symbols.tasks import Task
+
+__all__ = ("EventReader", "Recorded")
+
+_HEADER = struct.Struct("<QQIIIHH16s")  # struct record, prelude.h
+_RETURN = struct.Struct("<QQ")  # what struct return_record adds
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of the records with one number.
+
+    :ivar name: ``group/name`` of the probe
+    :ivar address: guest-virtual address of the probe point
+    """
+
+    name: str
+    kind: str
+    address: int
+    where: str
+    body: Body
+
+
+class EventReader:
+    """Turns batches into events.
+
+    The records of a CPU are in order, those of several are put in order here by their time
+    stamps. A record is held back until every ring was read once more after it was seen: whatever
+    came before it, on another CPU, has been seen by then.
+
+    :param drain: gives the whole records of all rings
+    """
+
+    def __init__(self, kernel: Kernel, drain: Callable[[], Iterator[Batch]]) -> None:
+        self._kernel = kernel
+        self._drain = drain
+        self._known: dict[int, Recorded] = {}
+        self._held: list[tuple[int, int, bytes]] = []
+        self._seen_tsc = 0
+        self._symbols: dict[int, str] = {}
+
+    def add(self, number: int, recorded: Recorded) -> None:
+        """Know the records with a number. They are known for good: they may still be held."""
+        self._known[number] = recorded
+
+    def read(self, clock: Clock, *, final: bool = False) -> Iterator[Event]:
+        """Events that happened before all that are still to come.
+
+        :param final: the guest stands: give what is held back too
+        """
+        held = self._held
+        horizon = self._seen_tsc
+        for batch in self._drain():
+            headers = batch.records[:, : HEADER.itemsize].copy().view(HEADER).ravel()
+            stamps = headers["tsc"].tolist()
+            self._seen_tsc = max(self._seen_tsc, stamps[-1])
+            width = batch.records.shape[1]
+            data = batch.records.tobytes()
+            held.extend(
+                (tsc, batch.cpu, data[n * width : (n + 1) * width]) for n, tsc in enumerate(stamps)
+            )
+        # Stable: what one CPU wrote with one time stamp stays in its order.
+        held.sort(key=lambda record: record[0])
+        count = len(held)
+        if not final:
+            count = next((n for n, record in enumerate(held) if record[0] > horizon), count)
+        ready, self._held = held[:count], held[count:]
+        for _, _, data in ready:
+            event = self._event(data, clock)
+            if event is not None:
+                yield event
+
+    def _event(self, data: bytes, clock: Clock) -> Event | None:
+        _, tsc, pid, tgid, number, cpu, _, comm = _HEADER.unpack_from(data)
+        recorded = self._known.get(number)
+        if recorded is None:
+            return None
+        ret_addr = duration_ns = None
+        if recorded.kind == "r":
+            ret_addr, entry_tsc = _RETURN.unpack_from(data, HEADER.itemsize)
+            duration_ns = clock.duration_ns(tsc - entry_tsc)
+        return Event(
+            clock.ns(tsc),
+            cpu,
+            Task(0, pid, tgid, comm.split(b"\0")[0].decode("utf-8", "replace")),
+            recorded.name,
+            recorded.kind,
+            recorded.address,
+            recorded.where,
+            decode_fields(recorded.body, data),
+            ret_addr,
+            self._symbolize(ret_addr) if ret_addr is not None else "",
+            duration_ns,
+        )
+
+    def _symbolize(self, address: int) -> str:
+        if address not in self._symbols:
+            self._symbols[address] = self._kernel.symbolize(address)
+        return self._symbols[address]

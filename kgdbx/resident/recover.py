@@ -1,0 +1,143 @@
+"""Put a guest back in order whose kgdbx died: by its journal, as far as the guest agrees."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kgdbx.errors import CommandError, MemoryFault
+from kgdbx.resident.guest_call import GuestCaller
+from kgdbx.resident.journal import read_journal
+from kgdbx.resident.memory import Block, GuestMemory, flush_translations
+from kgdbx.resident.returns import pending_returns, true_return
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import Stop
+
+__all__ = ("Recovery", "recover")
+
+
+@dataclass
+class Recovery:
+    """What was put back.
+
+    :ivar patches: places of code whose original bytes are back
+    :ivar returns: calls in progress whose return address is back
+    :ivar freed_bytes: memory given back to the guest
+    :ivar conflicts: what was left as it is, since the guest does not agree with the journal
+    """
+
+    patches: int = 0
+    returns: int = 0
+    freed_bytes: int = 0
+    conflicts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Journalled:
+    slide: int
+    patches: dict[int, tuple[bytes, list[bytes]]] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+    percpu: list[int] = field(default_factory=list)
+    window: tuple[int, int, int, int] | None = None  # entry, its value, start, end
+    slots: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def recover(
+    kernel: Kernel,
+    path: Path,
+    dispatch: Callable[[Stop], bool],
+    wait_until_unused: Callable[[tuple[int, int], Callable[[], None]], bool],
+) -> Recovery:
+    """Undo what a journal says. The kernel stands; the journal is removed when all is undone.
+
+    :param dispatch: handles stops while the guest makes calls for us
+    :param wait_until_unused: lets the guest run until nothing is inside a range of addresses, and
+        calls a function at each stop meanwhile; whether that came to be
+    :raises CommandError: if the journal is of another boot of the guest, or makes no sense
+    """
+    found = _read(path, kernel)
+    done = Recovery()
+    memory = kernel.memory
+    for address, (original, replacements) in reversed(found.patches.items()):
+        live = kernel.read_code(address, len(original))
+        if live in replacements:
+            memory.write(address, original)
+            done.patches += 1
+        elif live != original:
+            done.conflicts.append(
+                f"{kernel.symbolize(address)} holds {live.hex(' ')}, neither what kgdbx wrote "
+                f"nor what was there before ({original.hex(' ')}): left as it is"
+            )
+    if found.window is None:
+        path.unlink()
+        return done
+    entry, value, start, end = found.window
+    if memory.read_u64(entry) != value:
+        path.unlink()  # it was taken away already, or never written
+        return done
+
+    def restore_returns() -> None:
+        for slot, place, ret_addr in _pending(kernel, found):
+            memory.write(place, true_return(kernel, ret_addr, start, end).to_bytes(8, "little"))
+            memory.write(slot, bytes(8))
+            done.returns += 1
+
+    restore_returns()
+    if done.conflicts or not wait_until_unused((start, end), restore_returns):
+        done.conflicts.append("code of kgdbx's is still in use in the guest: its memory stays")
+        return done
+    memory.write(entry, bytes(8))
+    flush_translations(kernel, start)
+    guest = GuestMemory(kernel)
+    GuestCaller(kernel, dispatch).run(guest.give_back(found.blocks, found.percpu))
+    done.freed_bytes = sum(block.size_bytes for block in found.blocks)
+    path.unlink()
+    return done
+
+
+def _pending(kernel: Kernel, found: _Journalled) -> Iterator[tuple[int, int, int]]:
+    for address, count, size_bytes in found.slots:
+        data = kernel.memory.read(address, count * size_bytes)
+        for pending in pending_returns(data, address, size_bytes):
+            try:
+                is_there = kernel.memory.read_u64(pending.place) == pending.stub
+            except MemoryFault:
+                continue  # the task's stack is gone
+            if is_there:
+                yield pending.slot, pending.place, pending.ret_addr
+
+
+def _read(path: Path, kernel: Kernel) -> _Journalled:
+    records = list(read_journal(path))
+    try:
+        found = (
+            _Journalled(slide=int(records[0]["slide"])) if records else _Journalled(kernel.slide)
+        )
+        for record in records[1:]:
+            _take(found, record)
+    except (KeyError, TypeError, ValueError) as e:
+        raise CommandError(f"{path} is damaged: {e!r}") from e
+    if found.slide != kernel.slide:
+        raise CommandError(f"{path} is of another boot of this guest; remove it")
+    return found
+
+
+def _take(found: _Journalled, record: dict[str, Any]) -> None:
+    if "patch" in record:
+        address = int(record["patch"])
+        original, to = bytes.fromhex(record["from"]), bytes.fromhex(record["to"])
+        if len(original) != len(to):
+            raise ValueError("a patch that changes the length of code")
+        found.patches.setdefault(address, (original, []))[1].append(to)
+    elif "restored" in record:
+        found.patches.pop(int(record["restored"]), None)
+    elif "blocks" in record:
+        found.blocks += (Block(int(a), int(n)) for a, n in record["blocks"])
+    elif "percpu" in record:
+        found.percpu += map(int, record["percpu"])
+    elif "window" in record:
+        entry, value, start, end = map(int, record["window"])
+        found.window = entry, value, start, end
+    elif "slots" in record:
+        address, count, size_bytes = map(int, record["slots"])
+        found.slots.append((address, count, size_bytes))

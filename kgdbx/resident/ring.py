@@ -1,0 +1,186 @@
+"""Rings: one per CPU and record size, written by the guest, drained from its memory.
+
+A position counts the records of one CPU's ring since the beginning. The guest reserves the next
+one with a single instruction on per-CPU memory and writes the record's number last; the host
+reads what is whole and says how far it has come. With ``overwrite`` the guest never waits for
+the host: the newest records win, and what was overwritten is counted.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kgdbx.errors import ProbeError
+from kgdbx.resident.guest_call import Script
+from kgdbx.resident.host import HostView
+from kgdbx.resident.memory import Block, GuestMemory
+
+__all__ = ("Batch", "RING_BYTES", "SLOT_SIZES", "Stream", "make_stream", "slot_size")
+
+SLOT_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Sizes of a slot in bytes; each in use has rings of its own."""
+
+RING_BYTES = 1 << 20
+"""Default size of one CPU's ring."""
+
+_POSITION_BITS = 48
+_POSITION_MASK = (1 << _POSITION_BITS) - 1
+_RING = struct.Struct("<QQQQ")  # struct ring
+_SEQ_AT = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole records of one CPU, oldest first.
+
+    :ivar records: shape (n, slot bytes), of unsigned bytes; a copy
+    """
+
+    cpu: int
+    records: npt.NDArray[np.uint8]
+
+
+@dataclass
+class _Ring:
+    cpu: int
+    base: int
+    control: int  # struct ring
+    position: int  # struct position
+    tail: int = 0
+    lost: int = 0
+
+
+@dataclass(eq=False)
+class Stream:
+    """The rings of one record size.
+
+    :ivar slot_bytes: size of a record's place
+    :ivar slots: places in a ring, a power of two
+    :ivar overwrite: the newest records win over those that were not read
+    :ivar overwritten: records that were overwritten before they were read
+    """
+
+    slot_bytes: int
+    slots: int
+    overwrite: bool
+    positions: int
+    controls: int
+    rings: list[_Ring] = field(default_factory=list)
+    overwritten: int = 0
+
+    @property
+    def arguments(self) -> str:
+        """The first arguments of ``reserve()`` in C."""
+        return (
+            f"{self.positions:#x}UL, (struct ring *){self.controls:#x}UL, {self.slots}, "
+            f"{self.slot_bytes}, {int(self.overwrite)}"
+        )
+
+    def start(self, host: HostView) -> None:
+        """Write what the guest starts from, before any probe uses it."""
+        for ring in self.rings:
+            host.write(ring.position, (ring.cpu << _POSITION_BITS).to_bytes(8, "little"))
+            host.write(ring.control, _RING.pack(ring.base, 0, 0, 0))
+
+    def drain(self, host: HostView) -> Iterator[Batch]:
+        """Take what is whole. The guest may run."""
+        for ring in self.rings:
+            while (batch := self._drain(ring, host)) is not None:
+                yield batch
+
+    def lost(self, host: HostView) -> int:
+        """Records that found their ring full, or were overwritten unread; never silent."""
+        for ring in self.rings:
+            ring.lost = host.read_u64(ring.position + 8)
+        return sum(ring.lost for ring in self.rings) + self.overwritten
+
+    def _drain(self, ring: _Ring, host: HostView) -> Batch | None:
+        head = host.read_u64(ring.position) & _POSITION_MASK
+        if self.overwrite and head - ring.tail > self.slots:
+            skipped = head - self.slots - ring.tail
+            self.overwritten += skipped
+            ring.tail += skipped
+        count = head - ring.tail
+        if count <= 0:
+            return None
+        first = ring.tail % self.slots
+        count = min(count, self.slots - first)  # up to the ring's end; the rest comes next
+        records = np.empty((count, self.slot_bytes), np.uint8)
+        host.read_into(ring.base + first * self.slot_bytes, records.data.cast("B"))
+        numbers = records[:, _SEQ_AT : _SEQ_AT + 8].copy().view("<u8").ravel()
+        whole = numbers == np.arange(ring.tail + 1, ring.tail + count + 1, dtype=np.uint64)
+        if self.overwrite:
+            return self._newest(ring, host, records, whole)
+        count = count if whole.all() else int(np.argmin(whole))
+        if not count:
+            return None
+        self._advance(ring, host, ring.tail + count)
+        return Batch(ring.cpu, records[:count])
+
+    def _newest(
+        self,
+        ring: _Ring,
+        host: HostView,
+        records: npt.NDArray[np.uint8],
+        whole: npt.NDArray[np.bool_],
+    ) -> Batch | None:
+        # What was overwritten while it was being read is dropped, and counted.
+        head = host.read_u64(ring.position) & _POSITION_MASK
+        numbers = ring.tail + np.arange(len(records))
+        gone = numbers < head - self.slots
+        pending = ~whole & ~gone
+        end = int(np.argmax(pending)) if pending.any() else len(records)
+        if not end:
+            return None
+        kept = records[:end][~gone[:end] & whole[:end]]
+        self.overwritten += end - len(kept)
+        self._advance(ring, host, ring.tail + end)
+        return Batch(ring.cpu, kept)
+
+    def _advance(self, ring: _Ring, host: HostView, tail: int) -> None:
+        ring.tail = tail
+        if not self.overwrite:
+            data = tail.to_bytes(8, "little")
+            host.write(ring.control + 16, data)
+            host.write(ring.control + 24, data)
+
+
+def slot_size(record_bytes: int) -> int:
+    """The smallest slot that holds a record.
+
+    :raises ProbeError: if none does
+    """
+    for size in SLOT_SIZES:
+        if record_bytes <= size:
+            return size
+    raise ProbeError(f"a record of {record_bytes} bytes is too large; at most {SLOT_SIZES[-1]}")
+
+
+def make_stream(
+    memory: GuestMemory,
+    controls: int,
+    per_cpu_offsets: list[int],
+    slot_bytes: int,
+    ring_bytes: int,
+    overwrite: bool,
+) -> Script[Stream]:
+    """Take the memory of a stream from the guest.
+
+    :param controls: address of ``struct ring`` for each CPU, in a data page of ours
+    :param per_cpu_offsets: ``__per_cpu_offset`` of each CPU
+    :param ring_bytes: for each CPU, a power of two; less if the guest has no more
+    """
+    positions = yield from memory.per_cpu(64)
+    blocks: list[Block] = []
+    for _ in per_cpu_offsets:
+        block = yield from memory.pages(ring_bytes, max(4096, slot_bytes))
+        ring_bytes = min(ring_bytes, block.size_bytes)
+        blocks.append(block)
+    stream = Stream(slot_bytes, ring_bytes // slot_bytes, overwrite, positions, controls)
+    for cpu, (offset, block) in enumerate(zip(per_cpu_offsets, blocks, strict=True)):
+        position = (positions + offset) & (1 << 64) - 1
+        stream.rings.append(_Ring(cpu, block.address, controls + _RING.size * cpu, position))
+    return stream

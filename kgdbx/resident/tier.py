@@ -1,0 +1,73 @@
+"""Which definitions run inside the guest, and what keeps the others from it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kgdbx.errors import ProbeError
+from kgdbx.probes.definition import ProbeDefinition
+from kgdbx.probes.event import Event
+from kgdbx.resident.doorbell import Doorbell
+from kgdbx.resident.engine import Engine
+from kgdbx.resident.journal import Journal
+from kgdbx.resident.probe import ResidentProbe
+from kgdbx.resident.reader import EventReader
+from kgdbx.resident.recover import Recovery, recover
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import Stop
+from kgdbx.target.ram import GuestRam
+
+__all__ = ("ResidentTier",)
+
+
+class ResidentTier:
+    """The resident side of a session.
+
+    :param dispatch: handles stops that come while the guest makes calls for us
+    :param ram: the guest's RAM seen from the host, if it can be
+    :param journal: where to note what has to be put back; None keeps no journal
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        dispatch: Callable[[Stop], bool],
+        ram: GuestRam | None,
+        journal: Path | None,
+    ) -> None:
+        self._kernel = kernel
+        self._journal = journal
+        self._dispatch = dispatch
+        self.engine = Engine(kernel, dispatch, ram, lambda: Journal(journal, slide=kernel.slide))
+        self.doorbell = Doorbell(kernel, self.engine)
+        self.reader = EventReader(kernel, self.engine.drain)
+
+    def probe(self, definition: ProbeDefinition, *, inlined_copies: bool = True) -> ResidentProbe:
+        """A probe to be registered; whether it can run in the guest shows then.
+
+        :raises ProbeError: if this kernel cannot have any
+        """
+        if not self._kernel.memory.booted:
+            raise ProbeError("the kernel has not booted")
+        return ResidentProbe(definition, self.engine, self.reader, inlined_copies=inlined_copies)
+
+    def recover(self) -> Recovery | None:
+        """Put back what a session that was killed left in the guest; None if there is nothing.
+
+        :raises CommandError: if its journal cannot be used
+        """
+        if self._journal is None or not self._journal.exists():
+            return None
+        return recover(self._kernel, self._journal, self._dispatch, self.engine.wait_until_unused)
+
+    def events(self, *, final: bool = False) -> Iterator[Event]:
+        """What happened since, in order.
+
+        :param final: the guest stands: hold nothing back
+        """
+        if self.engine.is_open:
+            yield from self.reader.read(self.engine.clock, final=final)
+
+    def close(self) -> None:
+        """Take everything out of the guest."""
+        self.doorbell.close()
+        self.engine.close()
