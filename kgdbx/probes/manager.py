@@ -155,8 +155,10 @@ class ProbeManager:
         self.kernel.stopped()
         if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
             return False
-        if self._doorbell is not None and self._doorbell.rang(stop):
-            return self._on_doorbell(self._doorbell)
+        if self._doorbell is not None:
+            stands = self._answer(self._doorbell)
+            if stands or self._doorbell.rang(stop):
+                return not stands
         target = self.kernel.target
         regs = target.read_registers(stop.cpu)
         hit = Hit(self.kernel, stop.cpu, regs, regs.rip)
@@ -174,7 +176,14 @@ class ProbeManager:
             return self._promote(self._busy, self._doorbell)
         return not hit.stop_requested
 
-    def _on_doorbell(self, doorbell: Doorbell) -> bool:
+    def settle(self) -> None:
+        """Handle the hits that wait; the kernel stands, and was not stopped by one of them."""
+        if self._doorbell is not None:
+            self._answer(self._doorbell)
+
+    def _answer(self, doorbell: Doorbell) -> bool:
+        # Whether the kernel is to be left standing. Each stop may find several hits, its own
+        # among them or not.
         stands = False
         self._dispatching = True
         try:
@@ -191,7 +200,7 @@ class ProbeManager:
         finally:
             self._dispatching = False
             self._remove_stale()
-        return not stands
+        return stands
 
     def _promote(self, site: Site, doorbell: Doorbell) -> bool:
         # The guest runs meanwhile, and other probes may be hit.

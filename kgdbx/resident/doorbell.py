@@ -8,7 +8,7 @@ times faster. Which of the two stopped it makes no difference to a handler.
 from collections.abc import Iterator
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
-from kgdbx.resident.bells import BELL_WATCH_BYTES
+from kgdbx.resident.bells import BELL_WATCH_BYTES, Bell
 from kgdbx.resident.engine import Engine, Program
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
@@ -49,30 +49,29 @@ class Doorbell:
     def remove(self, address: int) -> None:
         """Put the function's code back."""
         program = self._programs.pop(address)
+        self._let_go(program.displacement.address)
         del self._places[program.displacement.address]
         self._engine.uninstall([program])
         if not self._programs:
             self._unwatch()
 
     def rang(self, stop: Stop) -> bool:
-        """Whether a stop is one of ours."""
-        return stop.reason is StopReason.WATCHPOINT and stop.address == self._watched
+        """Whether a stop is one of ours, and no one else's.
+
+        QEMU may report a vCPU in the stop of another, and then says nothing of a watchpoint.
+        """
+        if self._watched is None:
+            return False
+        if stop.reason is StopReason.WATCHPOINT:
+            return stop.address == self._watched
+        if stop.reason is not StopReason.TRAP:
+            return False
+        return self._engine.owns(self._kernel.target.read_registers(stop.cpu).rip)
 
     def hits(self) -> Iterator[tuple[int, int, Registers]]:
-        """vCPU, probed address and registers of each vCPU that waits.
-
-        One whose probe has been removed is let go.
-        """
-        engine = self._engine
-        bells = engine.bells
-        if bells is None:
-            return
-        bases = {cpu: engine.gs_base(cpu) for cpu in range(bells.cpus)}
-        for bell in tuple(bells.waiting(engine.host, bases)):
-            address = self._places.get(bell.address)
-            if address is None:
-                bells.answer(engine.host, bell.cpu)
-                continue
+        """vCPU, probed address and registers of each vCPU that waits."""
+        for bell in self._waiting():
+            address = self._places[bell.address]
             bell.regs.rip = address
             yield bell.cpu, address, bell.regs
 
@@ -93,6 +92,20 @@ class Doorbell:
             for name in (*GENERAL_REGISTERS, "eflags"):
                 actual[name] = regs[name]
             target.write_registers(cpu, actual)
+
+    def _let_go(self, place: int) -> None:
+        # Who waits at a probe that is taken out goes on as if it had not been there.
+        engine = self._engine
+        for bell in self._waiting():
+            if bell.address == place and engine.bells is not None:
+                engine.bells.answer(engine.host, bell.cpu)
+
+    def _waiting(self) -> tuple[Bell, ...]:
+        engine = self._engine
+        if engine.bells is None:
+            return ()
+        bases = {cpu: engine.gs_base(cpu) for cpu in range(engine.bells.cpus)}
+        return tuple(engine.bells.waiting(engine.host, bases))
 
     def close(self) -> None:
         """Stop watching."""

@@ -60,10 +60,11 @@ struct slot {
 	u64 busy;
 	u64 ret_addr;
 	u64 place; /* where the return address lay on the stack */
-	u64 task;
+	u64 task;  /* 0 while it is being filled, and when it is free */
 	u64 tsc;
 	struct probe *probe;
 	u64 stub; /* the return address that names this slot: push $slot; jmp ... */
+	u64 pid;  /* task's at the entry: it may be another's later */
 	u64 saved[];
 };
 
@@ -75,7 +76,10 @@ struct ring {
 	u64 host_check; /* and this one after it: they differ while a write is under way */
 };
 
-/* The same CPU's write position: number of the CPU << 48, and records written. */
+/*
+ * The same CPU's write position: number of the CPU << 48, plus the records written. The tails are
+ * of the same form, so that they are compared and nothing else.
+ */
 struct position {
 	u64 head;
 	u64 lost;
@@ -97,7 +101,6 @@ struct return_record {
 };
 
 #define POSITION_BITS 48
-#define POSITION_MASK ((1UL << POSITION_BITS) - 1)
 
 long copy_from_kernel_nofault(void *to, const void *from, u64 size);
 long copy_from_user_nofault(void *to, const void *from, u64 size);
@@ -213,25 +216,24 @@ static __always_inline u8 *reserve(u64 positions, struct ring *rings, u64 slots,
 				   bool overwrite, u64 *seq)
 {
 	struct ring *ring;
-	u64 head, position;
+	u64 head;
 
 	do {
 		head = GS(volatile u64, positions);
 		ring = rings + (head >> POSITION_BITS);
-		position = head & POSITION_MASK;
-		if (!overwrite && unlikely(position - ring->tail >= slots)) {
+		if (!overwrite && unlikely(head - ring->tail >= slots)) {
 			u64 tail = *(volatile u64 *)&ring->host_tail;
 
 			if (tail == *(volatile u64 *)&ring->host_check)
 				ring->tail = tail;
-			if (position - ring->tail >= slots) {
+			if (head - ring->tail >= slots) {
 				gs_increment(positions + 8);
 				return 0;
 			}
 		}
 	} while (unlikely(!gs_advance(positions, head)));
 	*seq = head + 1;
-	return ring->base + (position & (slots - 1)) * slot_bytes;
+	return ring->base + (head & (slots - 1)) * slot_bytes;
 }
 
 static __always_inline void fill_header(struct record *record, const struct probe *p,
@@ -249,7 +251,7 @@ static __always_inline void fill_header(struct record *record, const struct prob
 static __always_inline void commit(struct record *record, u64 seq)
 {
 	barrier();
-	*(volatile u64 *)&record->seq = seq & POSITION_MASK;
+	*(volatile u64 *)&record->seq = seq;
 }
 
 /* Take a return slot; 0 if all are in use. */
@@ -297,8 +299,10 @@ static __always_inline struct slot *hook_return(struct probe *p, const struct co
 	}
 	slot->ret_addr = *(u64 *)c->sp;
 	slot->place = c->sp;
-	slot->task = (u64)c->task;
 	slot->tsc = read_tsc();
+	slot->pid = *(const u32 *)(c->task + TASK_PID);
+	barrier();
+	*(volatile u64 *)&slot->task = (u64)c->task;
 	return slot;
 }
 
@@ -311,6 +315,7 @@ static __always_inline void arm_return(struct slot *slot, const struct context *
 static __always_inline void release_slot(struct slot *slot)
 {
 	barrier();
+	*(volatile u64 *)&slot->task = 0;
 	*(volatile u64 *)&slot->busy = 0;
 }
 
@@ -335,6 +340,7 @@ static __always_inline void ring_bell(struct bell *bells, u64 *watched, const st
 {
 	struct bell *bell = bells + current_cpu();
 	u64 start = read_tsc(), cr3;
+	u32 rounds = 0;
 
 	if (unlikely(*(volatile u64 *)&bell->pending)) { /* a non-maskable interrupt */
 		count_missed(p);
@@ -354,6 +360,9 @@ static __always_inline void ring_bell(struct bell *bells, u64 *watched, const st
 			count_missed(p);
 			break;
 		}
+		/* One of several vCPUs that stop at once may go unnoticed. */
+		if (!(++rounds & 0x3fff))
+			*(volatile u64 *)watched = p->address;
 		__asm__ volatile("pause");
 	}
 }

@@ -16,7 +16,9 @@ HEADER = np.dtype(
         ("comm", "S16"),
     ]
 )
-"""``struct record``: ``seq`` is the position in its CPU's ring plus 1, written last."""
+"""``struct record``: ``seq``, written last, is the CPU's number << 48, plus the position in its
+ring, plus 1.
+"""
 
 RETURN_HEADER = np.dtype([*HEADER.descr, ("ret_addr", "<u8"), ("entry_tsc", "<u8")])
 """``struct return_record``."""

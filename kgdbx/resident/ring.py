@@ -83,7 +83,8 @@ class Stream:
         """Write what the guest starts from, before any probe uses it."""
         for ring in self.rings:
             host.write(ring.position, (ring.cpu << _POSITION_BITS).to_bytes(8, "little"))
-            host.write(ring.control, _RING.pack(ring.base, 0, 0, 0))
+            first = ring.cpu << _POSITION_BITS
+            host.write(ring.control, _RING.pack(ring.base, first, first, first))
 
     def drain(self, host: HostView) -> Iterator[Batch]:
         """Take what is whole. The guest may run."""
@@ -111,7 +112,9 @@ class Stream:
         records = np.empty((count, self.slot_bytes), np.uint8)
         host.read_into(ring.base + first * self.slot_bytes, records.data.cast("B"))
         numbers = records[:, _SEQ_AT : _SEQ_AT + 8].copy().view("<u8").ravel()
-        whole = numbers == np.arange(ring.tail + 1, ring.tail + count + 1, dtype=np.uint64)
+        whole = numbers == np.uint64(ring.cpu << _POSITION_BITS | ring.tail + 1) + np.arange(
+            count, dtype=np.uint64
+        )
         if self.overwrite:
             return self._newest(ring, host, records, whole)
         count = count if whole.all() else int(np.argmin(whole))
@@ -143,7 +146,7 @@ class Stream:
     def _advance(self, ring: _Ring, host: HostView, tail: int) -> None:
         ring.tail = tail
         if not self.overwrite:
-            data = tail.to_bytes(8, "little")
+            data = (ring.cpu << _POSITION_BITS | tail).to_bytes(8, "little")
             host.write(ring.control + 16, data)
             host.write(ring.control + 24, data)
 

@@ -8,6 +8,7 @@ import drgn
 
 from kgdbx.errors import SymbolError
 from kgdbx.resident.codegen import Body
+from kgdbx.resident.decision import Decision
 from kgdbx.resident.ring import Stream
 from kgdbx.symbols.kernel import Kernel
 
@@ -28,11 +29,13 @@ static __always_inline void fill_{n}(const struct context *c, u8 *rec)
 
 _ENTRY_CONTEXT = """\
 {{
-		.di = di, .si = si, .dx = dx, .cx = cx, .r8 = r8, .r9 = r9,
-		/* our frame, the return to the stub, and pp lie below it */
-		.sp = (u64)__builtin_frame_address(0) + 24,
+		.di = di, .si = si, .dx = dx, .cx = cx, .r8 = r8, .r9 = r9,{sp}
 		.task = current_task(), .cpu = current_cpu(),
 	}}"""
+
+# Our frame, the return to the stub, and pp lie below it. Not for nothing: it takes a frame pointer.
+_SP = """
+		.sp = (u64)__builtin_frame_address(0) + 24,"""
 
 _RECORD = """\
 	count_hit(p);
@@ -276,6 +279,18 @@ class Unit:
             self._parts.append(_BELL.format(n=number, bells=bells, watched=watched))
         return number
 
+    def decision(self, decision: Decision, user: str) -> int:
+        """Number of the handler that decides what becomes of a call; of the kind ``full``.
+
+        :param user: symbol of the user's function, if it has one
+        """
+        key = ("decision", decision.text(0, user))
+        number = self.handlers.get(key)
+        if number is None:
+            number = self.handlers[key] = len(self.handlers)
+            self._parts.append(decision.text(number, user))
+        return number
+
     def site(self, number: int, calls: Sequence["StubCall"], tail_bytes: int) -> None:
         """The stub ``site_N``: calls handlers, then ``tail_N`` with the displaced instructions.
 
@@ -335,11 +350,12 @@ def _handler_text(number: int, kind: str, body: Body, stream: Stream) -> str:
         more=_RETURN_HEADER if is_return else "",
         stream=stream.arguments,
     )
+    uses_sp = is_return or "c->sp" in f"{body.condition}{body.fill}"
     fragments = _BODY.format(n=number, condition=body.condition or "\treturn 1;", fill=body.fill)
     return fragments + {"p": _ENTRY, "full": _FULL, "r": _RETURN}[kind].format(
         n=number,
         core=core,
-        context=_ENTRY_CONTEXT.format(),
+        context=_ENTRY_CONTEXT.format(sp=_SP if uses_sp else ""),
         saves="".join(f"\tslot->saved[{n}] = {e};\n" for n, e in enumerate(body.saves)),
     )
 

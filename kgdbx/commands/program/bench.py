@@ -2,16 +2,21 @@
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import stop_tier
+from kgdbx.bench import resident_tier, stop_tier
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.trace.json_lines import json_line
 
-_BENCHES: dict[str, Callable[[int], Iterator[Figure]]] = {"probes": stop_tier.measure}
+_BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
+    "probes": (stop_tier.measure, resident_tier.measure),
+    "resident": (resident_tier.measure,),
+    "stop": (stop_tier.measure,),
+}
 
 
 @PROGRAM_COMMANDS.command(
@@ -19,14 +24,20 @@ _BENCHES: dict[str, Callable[[int], Iterator[Figure]]] = {"probes": stop_tier.me
     summary="Measure on a VM of our own, and print the medians.",
     description="Ratios (unit x) are of runs that followed one another on the same VM.",
     arguments=(
-        argument("names", nargs="+", choices=tuple(_BENCHES), metavar="NAME", help="probes"),
+        argument(
+            "names",
+            nargs="+",
+            choices=tuple(_BENCHES),
+            metavar="NAME",
+            help="probes: both tiers, or one of them: stop, resident",
+        ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
         argument("--json", action="store_true", help="one JSON object a line"),
     ),
 )
 def bench(out: TextIO, args: argparse.Namespace) -> None:
     for name in args.names:
-        for each in _BENCHES[name](args.rounds):
+        for each in itertools.chain.from_iterable(run(args.rounds) for run in _BENCHES[name]):
             if args.json:
                 print(json_line(dataclasses.asdict(each)), file=out, flush=True)
             else:
