@@ -5,6 +5,7 @@ from pathlib import Path
 import gdb
 
 from kgdbx.errors import CommandError, TargetError
+from kgdbx.gdb.poll import Poller
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session, open_ram
@@ -35,13 +36,16 @@ def connect(where: str, vmlinux: str | None) -> Session:
     ram = open_ram(info) if info is not None else None
     modules = info.debug_modules if info is not None else None
     target = GdbTarget(ram=ram)
-    session = Session.attach(target, path, debug_modules=modules, ram=ram)
+    journal = info.journal if info is not None else None
+    session = Session.attach(target, path, debug_modules=modules, ram=ram, journal=journal)
     target.on_stop = session.probes.on_stop
     try:
+        session.recovery = session.resident.recover()
         _relocate(path, session.kernel.slide)
-    except TargetError:
+    except BaseException:
         session.close()
         raise
+    Poller(session)
     return session
 
 

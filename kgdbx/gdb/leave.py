@@ -12,7 +12,15 @@ __all__ = ("leave",)
 
 # Connects when gdb has let go of the stub. Connecting removes every breakpoint of a debugger that
 # is gone, and closing lets the kernel run on.
-_RELEASE = "import sys; from kgdbx.target.rsp import RspTarget; RspTarget(sys.argv[1]).close()"
+# Attaching to a VM of ours puts back what its journal says.
+_RELEASE = """
+import sys
+from kgdbx.machine.info import list_infos
+from kgdbx.session import Session
+from kgdbx.target.rsp import RspTarget
+vm = next((i for i in list_infos() if str(i.gdb_socket) == sys.argv[1]), None)
+(RspTarget(sys.argv[1]) if vm is None else Session.attach_vm(vm)).close()
+"""
 
 
 def leave(context: Context) -> None:

@@ -60,18 +60,24 @@ class GuestCaller:
 
     :param dispatch: handles stops that have nothing to do with the calls, as a target's ``run``
         asks for it
+    :ivar calling: whether calls are under way
     """
 
     def __init__(self, kernel: Kernel, dispatch: Callable[[Stop], bool]) -> None:
         self._kernel = kernel
         self.dispatch = dispatch
+        self.calling = False
 
     def run(self, script: Script[_T]) -> _T:
         """Make the calls of a script, all in one interrupt. The kernel stands before and after.
 
         :raises TargetTimeout: if the guest takes no timer interrupt, or a call does not return
         """
-        return _Run(self._kernel, self.dispatch, script).run()
+        self.calling = True
+        try:
+            return _Run(self._kernel, self.dispatch, script).run()
+        finally:
+            self.calling = False
 
 
 class _Run(Generic[_T]):

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from kgdbx.errors import ProbeError
 from kgdbx.resident.guest_call import Call, Script
 from kgdbx.symbols.kernel import Kernel
-from kgdbx.target.base import BreakpointKind
 
 __all__ = (
     "Block",
     "GuestMemory",
     "PAGE_BYTES",
     "Window",
-    "flush_translations",
 )
 
 PAGE_BYTES = 4096
@@ -139,7 +137,7 @@ class Window:
         """Make the window visible to every vCPU. What was cached of an earlier one is dropped."""
         address, value = self.entry
         self._kernel.memory.write(address, value.to_bytes(8, "little"))
-        flush_translations(self._kernel, self.start)
+        self._kernel.target.flush_translations()
 
     def map(self, block: Block) -> int:
         """Map a block; its address in the window.
@@ -161,23 +159,10 @@ class Window:
     def close(self) -> None:
         """Take the window away."""
         self._kernel.memory.write(self.entry[0], bytes(8))
-        flush_translations(self._kernel, self.start)
+        self._kernel.target.flush_translations()
 
     def _physical(self, address: int) -> int:
         return address - self._kernel.memory.direct_map
-
-
-def flush_translations(kernel: Kernel, start: int) -> None:
-    """Make every vCPU forget the translations that it has cached.
-
-    TCG drops them all when a watchpoint that crosses a page is inserted (cpu_watchpoint_insert()
-    in QEMU's system/watchpoint.c).
-
-    :param start: of a window
-    """
-    crossing = (BreakpointKind.WATCH_WRITE, start + PAGE_BYTES - 8, 16)
-    kernel.target.insert_breakpoint(*crossing)
-    kernel.target.remove_breakpoint(*crossing)
 
 
 def _either(kernel: Kernel, *names: str) -> int:

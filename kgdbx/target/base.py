@@ -174,6 +174,14 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
+    def flush_translations(self) -> None:
+        """Have every vCPU forget cached address translations, after page tables were changed at
+        a stop.
+
+        :raises Unsupported: if the stub has no way to do that
+        """
+
+    @abc.abstractmethod
     def read_registers(self, cpu: int) -> Registers:
         """Registers of a stopped vCPU."""
 

@@ -142,6 +142,9 @@ class FakeTarget(Target):
             raise MemoryFault(address, len(data), physical=physical, write=True)
         self._bytes.update((at + i, byte) for i, byte in enumerate(data))
 
+    def flush_translations(self) -> None:
+        self._require_stopped("flushing translations")
+
     def read_registers(self, cpu: int) -> Registers:
         self._require_stopped("registers")
         return Registers(dict(self._registers[cpu]))

@@ -172,6 +172,10 @@ class GdbTarget(Target):
 
     # Registers
 
+    def flush_translations(self) -> None:
+        self._require_stopped("flushing translations")
+        stub.flush_translations(self._exchange)
+
     def read_registers(self, cpu: int) -> Registers:
         self._require_stopped("registers")
         with self._general_thread(cpu):
@@ -439,11 +443,18 @@ class GdbTarget(Target):
         finally:
             self._hit_cpu = None
             if self._stale:
-                self._stale = False
                 _execute("maint flush register-cache")
+                self._stale = False
         if not keep:
             return True
         return self._pc is not None and self._hands_over(self._pc)
+
+    def _stop_at_interrupt(self) -> bool:
+        # ^C during a hit, whoever was at work. Always stops.
+        self._stop = dataclasses.replace(self._stop, reason=StopReason.INTERRUPT, signal=2)
+        if self._run is not None:
+            self._run.hit = self._stop
+        return True
 
     def _dispatch(self, stop: Stop) -> bool:
         run = self._run
@@ -653,6 +664,8 @@ class _Breakpoint(gdb.Breakpoint):
         """Whether gdb shall stop."""
         try:
             return self._target._hit(self)
+        except KeyboardInterrupt:
+            return self._target._stop_at_interrupt()
         except BaseException as e:  # gdb would stay in the middle of a stop
             self._target._note(e)
             return True

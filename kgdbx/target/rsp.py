@@ -121,6 +121,10 @@ class RspTarget(Target):
         finally:
             self._expect_ok(b"Qqemu.PhyMemMode:0")
 
+    def flush_translations(self) -> None:
+        self._require_stopped("flushing translations")
+        stub.flush_translations(self._exchange)
+
     def _enter_physical_mode(self) -> None:
         self._require_stopped("physical memory through the stub")
         if self._exchange(b"Qqemu.PhyMemMode:1") != b"OK":

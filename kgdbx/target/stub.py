@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from kgdbx.arch.registers import DEFAULT_LAYOUT, RegisterLayout
-from kgdbx.errors import MemoryFault, ProtocolError
+from kgdbx.errors import MemoryFault, ProtocolError, Unsupported
 from kgdbx.target.base import Stop, StopReason
 
 __all__ = (
@@ -12,6 +12,7 @@ __all__ = (
     "STEP_TRIES",
     "cpu_of",
     "decode_hex",
+    "flush_translations",
     "max_packet_bytes",
     "parse_stop",
     "read_layout",
@@ -31,6 +32,7 @@ such a report ends a step before it has begun (``debug_requested`` in system/run
 _WATCH_KEYS = ("watch", "rwatch", "awatch")
 _REASONS = {0: StopReason.INTERRUPT, 2: StopReason.INTERRUPT, 5: StopReason.TRAP}
 _DESCRIPTION_BYTES = 1 << 20
+_PAGE_BYTES = 4096
 
 
 def parse_stop(packet: bytes) -> Stop:
@@ -115,6 +117,19 @@ def write_memory(
         packet = b"M%x,%x:%b" % (address + offset, len(part), part.hex().encode())
         if exchange(packet) != b"OK":
             raise MemoryFault(address, len(data), physical=physical, write=True)
+
+
+def flush_translations(exchange: Exchange) -> None:
+    """Have every vCPU forget the address translations that it has cached.
+
+    QEMU's TCG drops them all when a watchpoint that crosses a page is inserted
+    (cpu_watchpoint_insert() in system/watchpoint.c).
+
+    :raises Unsupported: if the stub has no such watchpoints
+    """
+    crossing = b"2,%x,10" % (_PAGE_BYTES - 8)
+    if exchange(b"Z" + crossing) != b"OK" or exchange(b"z" + crossing) != b"OK":
+        raise Unsupported("the stub has no way to flush translations")
 
 
 def read_layout(exchange: Exchange, packet_bytes: int) -> RegisterLayout:
