@@ -1,5 +1,6 @@
 """From probe definitions to C that filters and records their hits inside the guest."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
 from kgdbx.resident.code import FAILURES, Code
 from kgdbx.resident.fields import Recorded, record_field
+from kgdbx.resident.layout import FieldLayout
 from kgdbx.resident.lower import Lowering
 from kgdbx.resident.names import Names
 from kgdbx.resident.record import ENTRY_FIELDS_AT, RETURN_FIELDS_AT
@@ -42,19 +44,40 @@ _FOREIGN = (
 class RecordField:
     """A field of a record.
 
-    :ivar offset_bytes: from the start of the record
-    :ivar size_bytes: length of what *decode* takes; nothing for a value that is always the same
-    :ivar fault_bit: the bit of the mask that is set if it could not be had; None if it always can.
-        The first 8 bytes are then the address that could not be read
-    :ivar expression: its text
+    :ivar layout: its name, its bytes and where they are, as data
+    :ivar decode: its value from its bytes, with the kernel's symbols
     """
 
-    name: str
-    offset_bytes: int
-    size_bytes: int
-    fault_bit: int | None
+    layout: FieldLayout
     decode: Callable[[bytes], FieldValue]
-    expression: str = ""
+
+    @property
+    def name(self) -> str:
+        """As given, or the text of the expression."""
+        return self.layout.name
+
+    @property
+    def offset_bytes(self) -> int:
+        """From the start of the record."""
+        return self.layout.offset_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of what *decode* takes; nothing for a value that is always the same."""
+        return self.layout.size_bytes
+
+    @property
+    def fault_bit(self) -> int | None:
+        """The bit of the mask that is set if it could not be had; None if it always can.
+
+        The first 8 bytes are then the address that could not be read.
+        """
+        return self.layout.fault_bit
+
+    @property
+    def expression(self) -> str:
+        """Its text."""
+        return self.layout.expression
 
 
 @dataclass(frozen=True)
@@ -198,10 +221,11 @@ def _layout(parts: list[_Part], start: int) -> tuple[list[RecordField], list[str
                 lines += ["\tif (0) {", f"fail_{number}:", f"\t\tmask |= {1 << fault_bit:#x}UL;"]
                 lines += ["\t\t__builtin_memcpy(out, &at, 8);", "\t}"]
             lines.append("}")
-        text = format_expression(part.field.expression)
-        fields.append(
-            RecordField(
-                part.field.name, offset, recorded.size_bytes, fault_bit, recorded.decode, text
-            )
+        layout = dataclasses.replace(
+            recorded.layout,
+            offset_bytes=offset,
+            fault_bit=fault_bit,
+            expression=format_expression(part.field.expression),
         )
+        fields.append(RecordField(layout, recorded.decode))
     return fields, lines, end

@@ -25,6 +25,7 @@ from kgdbx.probes.fetch import (
     plain_value,
 )
 from kgdbx.probes.scope import KernelScope
+from kgdbx.resident.layout import FieldLayout
 from kgdbx.resident.lower import Lowering
 from kgdbx.resident.record import HEADER
 from kgdbx.resident.text import is_char_array, string_place
@@ -45,13 +46,19 @@ _IN_HEADER = ("comm", "cpu", "pid", "tgid")
 class Recorded:
     """What became of a field.
 
-    :ivar size_bytes: room in the record; nothing for a value that is known now
+    :ivar layout: its bytes as data; not yet where they are, nor its fault bit
+    :ivar decode: its value from its bytes, with the kernel's symbols
     :ivar header_offset_bytes: where it is in the header of every record; None if it is not there
     """
 
-    size_bytes: int
+    layout: FieldLayout
     decode: Decoder
     header_offset_bytes: int | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Room in the record; nothing for a value that is known now."""
+        return self.layout.size_bytes
 
 
 def record_field(field: Field, lower: Lowering, scope: KernelScope, to: str) -> Recorded:
@@ -61,81 +68,135 @@ def record_field(field: Field, lower: Lowering, scope: KernelScope, to: str) -> 
     :raises NotResident: if that cannot be done in the guest
     """
     expr, type_ = field.expression, field.type
+    shape = _Shape(field.name)
     if isinstance(expr, Special) and expr.name in _IN_HEADER:
-        return _header(expr.name, type_, scope)
+        return _header(expr.name, type_, scope, shape)
     if isinstance(expr, String):
-        text = expr.value
-        return Recorded(0, lambda data: text)
+        return shape.constant(expr.value)
     if is_text(expr):
         raise NotResident(f"'{format_expression(expr)}' is a string that '?:' chooses")
     if type_ is None:
-        return _untyped(expr, lower, to)
+        return _untyped(expr, lower, to, shape)
     user = type_.base == "ustring" or (isinstance(expr, Dereference) and expr.user)
     if type_.is_string:
         if type_.count is None:
-            return _string(expr, lower, user, to)
-        return _strings(expr, type_.count, lower, user, to)
+            return _string(expr, lower, user, to, shape)
+        return _strings(expr, type_.count, lower, user, to, shape)
     convert = converter(type_)
     if type_.count is not None:
-        return _array(expr, type_, lower, to, lambda number: convert(scope, number))
+        return _array(expr, type_, lower, to, lambda number: convert(scope, number), shape)
     if isinstance(expr, Dereference | AtSymbol):
         size = type_.size_bytes
         lower.code.read(to, lower.memory(expr), size)
-        return Recorded(size, lambda data: convert(scope, int.from_bytes(data, "little")))
+        return Recorded(
+            shape.typed(type_, size), lambda data: convert(scope, int.from_bytes(data, "little"))
+        )
     value = lower.value(expr)
     scalar = value.scalar
     _store(lower, value, to)
-    return Recorded(scalar.size_bytes, lambda data: convert(scope, _number(data, scalar)))
+    return Recorded(
+        shape.typed(type_, scalar.size_bytes, is_signed=scalar.signed),
+        lambda data: convert(scope, _number(data, scalar)),
+    )
 
 
-def _header(name: str, type_: FetchType | None, scope: KernelScope) -> Recorded:
+@dataclass(frozen=True)
+class _Shape:
+    # Makes the layouts of one field.
+    name: str
+
+    def number(self, size_bytes: int, kind: str) -> FieldLayout:
+        return FieldLayout(self.name, 0, size_bytes, kind, is_signed=kind == "s")
+
+    def typed(
+        self,
+        type_: FetchType,
+        size_bytes: int,
+        *,
+        is_signed: bool = False,
+        count: int | None = None,
+    ) -> FieldLayout:
+        is_bit_field = type_.base == "b"
+        bits = (0, 8 * type_.size_bytes)
+        return FieldLayout(
+            self.name,
+            0,
+            size_bytes,
+            "u" if is_bit_field else type_.base,
+            count=count,
+            bits=(type_.bit_offset, type_.bit_width) if is_bit_field else bits,
+            is_signed=is_signed,
+        )
+
+    def text(
+        self, size_bytes: int, limit_bytes: int | None = None, count: int | None = None
+    ) -> FieldLayout:
+        return FieldLayout(self.name, 0, size_bytes, "string", count=count, limit_bytes=limit_bytes)
+
+    def constant(self, value: int | str, *, is_hex: bool = False) -> Recorded:
+        kind = "string" if isinstance(value, str) else "x" if is_hex else "s"
+        layout = FieldLayout(self.name, 0, 0, kind, value=value)
+        shown = Hex(value) if is_hex and isinstance(value, int) else value
+        return Recorded(layout, lambda data: shown)
+
+
+def _header(name: str, type_: FetchType | None, scope: KernelScope, shape: _Shape) -> Recorded:
     fields = HEADER.fields
     assert fields is not None
     form, offset = fields[name][:2]
     if name == "comm":
         return Recorded(
-            form.itemsize, lambda data: data.split(b"\0")[0].decode("utf-8", "replace"), offset
+            shape.text(form.itemsize),
+            lambda data: data.split(b"\0")[0].decode("utf-8", "replace"),
+            offset,
         )
-    convert = converter(type_ or FetchType("u"))
-    if type_ is not None and (type_.is_string or type_.count is not None):
+    type_ = type_ or FetchType("u")
+    convert = converter(type_)
+    if type_.is_string or type_.count is not None:
         raise NotResident(f"${name} is no address")
     return Recorded(
-        form.itemsize, lambda data: convert(scope, int.from_bytes(data, "little")), offset
+        shape.typed(type_, form.itemsize),
+        lambda data: convert(scope, int.from_bytes(data, "little")),
+        offset,
     )
 
 
-def _untyped(expr: Expr, lower: Lowering, to: str) -> Recorded:
+def _untyped(expr: Expr, lower: Lowering, to: str, shape: _Shape) -> Recorded:
     is_hex = isinstance(expr, Register | Dereference | AtSymbol) or (
         isinstance(expr, Special) and expr.name == "stack"
     )
     found = lower.operand(expr)
     if isinstance(found, Place):
         if found.kind is drgn.TypeKind.FUNCTION:
-            return _number_field(lower, found.address, to)
+            return _number_field(lower, found.address, to, shape)
         if found.kind in AGGREGATES:
-            return _aggregate(found, lower, to)
+            return _aggregate(found, lower, to, shape)
         scalar = scalar_of(found.model)
         if scalar.bits == scalar.storage_bits and not found.model.bit_offset_:
             lower.code.read(to, found, scalar.size_bytes)
-            return Recorded(scalar.size_bytes, _decoder(found.model, scalar, is_hex))
+            return _scalar(found.model, scalar, is_hex, shape)
     value = lower.loaded(found)
     if value.is_constant:
-        known = Hex(int(value.model)) if is_hex else plain_value(value.model)
-        return Recorded(0, lambda data: known)
+        known = int(value.model) if is_hex else plain_value(value.model)
+        if isinstance(known, int | str):
+            return shape.constant(known, is_hex=is_hex or isinstance(known, Hex))
     _store(lower, value, to)
-    return Recorded(value.scalar.size_bytes, _decoder(value.model, value.scalar, is_hex))
+    return _scalar(value.model, value.scalar, is_hex, shape)
 
 
-def _number_field(lower: Lowering, text: str, to: str) -> Recorded:
+def _number_field(lower: Lowering, text: str, to: str, shape: _Shape) -> Recorded:
     name = lower.code.variable("const u64", text)
     lower.code.line(f"__builtin_memcpy({to}, &{name}, 8);")
-    return Recorded(8, lambda data: Hex(int.from_bytes(data, "little")))
+    return Recorded(shape.number(8, "x"), lambda data: Hex(int.from_bytes(data, "little")))
 
 
-def _decoder(model: drgn.Object, scalar: Scalar, is_hex: bool) -> Decoder:
+def _scalar(model: drgn.Object, scalar: Scalar, is_hex: bool, shape: _Shape) -> Recorded:
     if is_hex or bare(model.type_).kind is drgn.TypeKind.POINTER:
-        return lambda data: Hex(_number(data, scalar))
-    return lambda data: _number(data, scalar)
+        return Recorded(
+            shape.number(scalar.size_bytes, "x"), lambda data: Hex(_number(data, scalar))
+        )
+    layout = shape.number(scalar.size_bytes, "s" if scalar.signed else "u")
+    return Recorded(layout, lambda data: _number(data, scalar))
 
 
 def _number(data: bytes, scalar: Scalar) -> int:
@@ -149,14 +210,14 @@ def _store(lower: Lowering, value: Value, to: str) -> None:
     lower.code.line(f"__builtin_memcpy({to}, &{name}, {scalar.size_bytes});")
 
 
-def _aggregate(place: Place, lower: Lowering, to: str) -> Recorded:
+def _aggregate(place: Place, lower: Lowering, to: str, shape: _Shape) -> Recorded:
     program, type_ = lower.program, place.model.type_
     name = type_.type_name()
     plain = bare(type_)
     if plain.kind is drgn.TypeKind.ARRAY:
         element = bare(plain.type).primitive
         if element in _CHARS:
-            return _text_array(place, lower, to)
+            return _text_array(place, lower, to, shape)
         if plain.length is None:
             raise NotResident(f"'{name}' has no known end")
     size = drgn.sizeof(type_)
@@ -170,7 +231,9 @@ def _aggregate(place: Place, lower: Lowering, to: str) -> Recorded:
     def decode(data: bytes) -> FieldValue:
         return plain_value(drgn.Object.from_bytes_(program, type_, data))
 
-    return Recorded(size, decode)
+    if not size:
+        return Recorded(FieldLayout(shape.name, 0, 0, "bytes", value=""), decode)
+    return Recorded(FieldLayout(shape.name, 0, size, "raw", type_name=name), decode)
 
 
 def _shows_memory(type_: drgn.Type) -> bool:
@@ -184,26 +247,29 @@ def _shows_memory(type_: drgn.Type) -> bool:
     return type_.kind in AGGREGATES and any(_shows_memory(m.type) for m in type_.members or ())
 
 
-def _text_array(place: Place, lower: Lowering, to: str) -> Recorded:
+def _text_array(place: Place, lower: Lowering, to: str, shape: _Shape) -> Recorded:
     # An array that holds the text itself.
     length = bare(place.model.type_).length
     if length is None or length > MAX_STRING_BYTES:
         lower.code.string(f"(char *)({to})", place, _STRING_BYTES)
-        return Recorded(_STRING_SLOT, _cut_text)
-    if length:
-        lower.code.read(to, place, length)
-    return Recorded(length, lambda data: decode_text(data.partition(b"\0")[0]))
+        return Recorded(shape.text(_STRING_SLOT, MAX_STRING_BYTES), _cut_text)
+    if not length:
+        return shape.constant("")
+    lower.code.read(to, place, length)
+    return Recorded(shape.text(length), lambda data: decode_text(data.partition(b"\0")[0]))
 
 
-def _string(expr: Expr, lower: Lowering, user: bool, to: str) -> Recorded:
+def _string(expr: Expr, lower: Lowering, user: bool, to: str, shape: _Shape) -> Recorded:
     place = string_place(lower, expr)
     if is_char_array(place):
-        return _text_array(place, lower, to)
+        return _text_array(place, lower, to, shape)
     lower.code.string(f"(char *)({to})", _in_user(place, user), _STRING_BYTES)
-    return Recorded(_STRING_SLOT, _cut_text)
+    return Recorded(shape.text(_STRING_SLOT, MAX_STRING_BYTES), _cut_text)
 
 
-def _strings(expr: Expr, count: int, lower: Lowering, user: bool, to: str) -> Recorded:
+def _strings(
+    expr: Expr, count: int, lower: Lowering, user: bool, to: str, shape: _Shape
+) -> Recorded:
     code = lower.code
     place = lower.target(expr)
     pointers = code.name()
@@ -219,7 +285,7 @@ def _strings(expr: Expr, count: int, lower: Lowering, user: bool, to: str) -> Re
     def decode(data: bytes) -> FieldValue:
         return [_cut_text(data[at:]) for at in range(0, size, _STRING_SLOT)]
 
-    return Recorded(size, decode)
+    return Recorded(shape.text(size, MAX_STRING_BYTES, count), decode)
 
 
 def _in_user(place: Place, user: bool) -> Place:
@@ -234,7 +300,12 @@ def _cut_text(data: bytes) -> str:
 
 
 def _array(
-    expr: Expr, type_: FetchType, lower: Lowering, to: str, convert: Callable[[int], FieldValue]
+    expr: Expr,
+    type_: FetchType,
+    lower: Lowering,
+    to: str,
+    convert: Callable[[int], FieldValue],
+    shape: _Shape,
 ) -> Recorded:
     each, count = type_.size_bytes, type_.count or 0
     place = lower.target(expr)
@@ -247,4 +318,6 @@ def _array(
         chunks = (data[at : at + each] for at in range(0, size, each))
         return [convert(int.from_bytes(chunk, "little")) for chunk in chunks]
 
-    return Recorded(size, decode)
+    if size % each:  # the array ends inside of the last element
+        return Recorded(FieldLayout(shape.name, 0, size, "bytes"), decode)
+    return Recorded(shape.typed(type_, size, count=size // each), decode)

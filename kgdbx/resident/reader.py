@@ -1,5 +1,6 @@
 """From records in the guest's rings to events, in the order in which they happened."""
 
+import collections
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.codegen import Body, decode_fields
+from kgdbx.resident.layout import ProbeLayout
 from kgdbx.resident.record import HEADER
 from kgdbx.resident.ring import Batch
 from kgdbx.symbols.kernel import Kernel
@@ -32,6 +34,23 @@ class Recorded:
     where: str
     body: Body
 
+    def layout(self, number: int) -> ProbeLayout:
+        """What the records hold, as data.
+
+        :param number: theirs
+        """
+        body = self.body
+        return ProbeLayout(
+            number,
+            self.name,
+            self.kind,
+            self.address,
+            self.where,
+            body.record_bytes,
+            tuple(field.layout for field in body.fields),
+            body.mask_offset_bytes,
+        )
+
 
 class EventReader:
     """Turns batches into events.
@@ -41,15 +60,33 @@ class EventReader:
     came before it, on another CPU, has been seen by then.
 
     :param drain: gives the whole records of all rings
+    :param in_flight: whether one was being written meanwhile: its time stamp may be older than
+        those of others that are whole
+    :ivar batch_listeners: called with each batch as it comes out of a ring, before its events
+    :ivar makes_events: whether :meth:`read` gives any; without, records cost nothing each
     """
 
-    def __init__(self, kernel: Kernel, drain: Callable[[], Iterator[Batch]]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        drain: Callable[[], Iterator[Batch]],
+        in_flight: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._kernel = kernel
         self._drain = drain
+        self._in_flight = in_flight
         self._known: dict[int, Recorded] = {}
         self._held: list[tuple[int, int, bytes]] = []
+        self._ready: collections.deque[bytes] = collections.deque()
         self._seen_tsc = 0
         self._symbols: dict[int, str] = {}
+        self.batch_listeners: list[Callable[[Batch], None]] = []
+        self.makes_events = True
+
+    def layouts(self) -> Iterator[ProbeLayout]:
+        """Descriptions of all records that are known."""
+        for number, recorded in self._known.items():
+            yield recorded.layout(number)
 
     def add(self, number: int, recorded: Recorded) -> None:
         """Know the records with a number. They are known for good: they may still be held."""
@@ -63,6 +100,10 @@ class EventReader:
         held = self._held
         horizon = self._seen_tsc
         for batch in self._drain():
+            for listener in self.batch_listeners:
+                listener(batch)
+            if not self.makes_events:
+                continue
             headers = batch.records[:, : HEADER.itemsize].copy().view(HEADER).ravel()
             stamps = headers["tsc"].tolist()
             self._seen_tsc = max(self._seen_tsc, stamps[-1])
@@ -74,11 +115,14 @@ class EventReader:
         # Stable: what one CPU wrote with one time stamp stays in its order.
         held.sort(key=lambda record: record[0])
         count = len(held)
-        if not final:
+        if not final and self._in_flight():
+            count = 0
+        elif not final:
             count = next((n for n, record in enumerate(held) if record[0] > horizon), count)
-        ready, self._held = held[:count], held[count:]
-        for _, _, data in ready:
-            event = self._event(data, clock)
+        self._ready.extend(data for _, _, data in held[:count])
+        self._held = held[count:]
+        while self._ready:  # what the caller does not take now comes next time
+            event = self._event(self._ready.popleft(), clock)
             if event is not None:
                 yield event
 

@@ -10,6 +10,7 @@ import bisect
 import functools
 import itertools
 import mmap
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ _ULEB_BLOCKS = {FORM["block"], FORM["exprloc"]}
 
 # gcc puts a name into .debug_info itself when that is not longer than an offset into .debug_str
 _LONGEST_INLINE_NAME = 3
+_FEW_WORDS = 8
 
 # In a .ko every section starts at 0. Here section n starts at n << 40, so that addresses tell
 # their section.
@@ -254,6 +256,14 @@ class DebugFile:
         wanted = list(words)
         if not wanted:
             return []
+        patterns = [struct.pack("<I", word) for word in wanted]
+        if len(wanted) <= _FEW_WORDS and not any(map(_overlaps_itself, patterns)):
+            # Ten times faster for one word: a search for a rare byte of it.
+            return [
+                match.start()
+                for pattern in patterns
+                for match in re.finditer(re.escape(pattern), self.info)
+            ]
         known = np.zeros(max(wanted) + 2, dtype=np.bool_)
         known[wanted] = True
         found: list[int] = []
@@ -546,3 +556,8 @@ def _relocate(
             places = relocations["offset"][chosen] + np.uint64(byte)
             image[places] = (values[chosen] >> np.uint64(8 * byte)).astype(np.uint8)
     return memoryview(image.tobytes())
+
+
+def _overlaps_itself(pattern: bytes) -> bool:
+    # Whether one match can begin inside of another, where a regular expression misses it.
+    return any(pattern.endswith(pattern[:size]) for size in range(1, len(pattern)))

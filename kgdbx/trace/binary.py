@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kgdbx.resident.clock import Clock
+from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.errors import TraceError
 from kgdbx.trace.json_lines import json_line
-from kgdbx.trace.layout import ProbeLayout
 from kgdbx.trace.sink import Records
 
 __all__ = (

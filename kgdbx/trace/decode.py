@@ -8,10 +8,10 @@ from kgdbx.probes.event import Event
 from kgdbx.probes.fetch import FieldValue, Hex, Unreadable, decode_text
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.code import FAILURES
+from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.binary import RECORD_HEADER
 from kgdbx.trace.errors import TraceError
-from kgdbx.trace.layout import FieldLayout, ProbeLayout
 
 __all__ = ("RecordDecoder", "decode_field")
 

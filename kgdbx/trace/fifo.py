@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import Clock
+from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.binary import (
     BatchFramer,
     Frame,
@@ -23,7 +24,6 @@ from kgdbx.trace.binary import (
 from kgdbx.trace.endpoint import Endpoint
 from kgdbx.trace.errors import TraceError
 from kgdbx.trace.event_lines import event_to_line
-from kgdbx.trace.layout import ProbeLayout
 from kgdbx.trace.queue import Delivery, FrameQueue
 from kgdbx.trace.sink import Records
 

@@ -9,6 +9,7 @@ from typing import Self, TypeAlias
 from kgdbx.probes.event import Event
 from kgdbx.probes.fetch import decode_text
 from kgdbx.resident.clock import Clock
+from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.binary import (
     BYTE_ORDER,
     FILE_HEADER,
@@ -29,13 +30,13 @@ from kgdbx.trace.binary import (
 from kgdbx.trace.decode import RecordDecoder
 from kgdbx.trace.errors import FormatError, TraceError
 from kgdbx.trace.event_lines import event_from_line, event_to_line
-from kgdbx.trace.layout import ProbeLayout
 from kgdbx.trace.sink import Records, Sink
 
 __all__ = ("Lost", "Recording", "RecordingWriter")
 
 _BUFFER_BYTES = 1 << 20
 _SHIFT_LIMIT = 64
+_SORTED = 1 << 17
 
 
 class RecordingWriter:
@@ -178,15 +179,25 @@ class Recording:
             yield from items
 
     def convert(self, sink: Sink) -> None:
-        """Write all of it to another output, which is not closed.
+        """Write all of it to another output, which is not closed, in the order of time.
+
+        What was recorded more than some 100,000 events after its time stays where it is.
 
         :raises FormatError: at what is not the format, and where a recording was cut short
         """
-        for item in self.items():
-            if isinstance(item, Lost):
-                sink.write_lost(item.count, item.cpu)
-            else:
-                sink.write((item,))
+        waiting: list[tuple[int, _Item]] = []
+        last_ns = 0
+        try:
+            for item in self.items():
+                last_ns = last_ns if isinstance(item, Lost) else item.ts_ns
+                waiting.append((last_ns, item))
+                if len(waiting) >= 2 * _SORTED:
+                    waiting.sort(key=_time)
+                    _write(sink, waiting[:_SORTED])
+                    del waiting[:_SORTED]
+        finally:
+            waiting.sort(key=_time)
+            _write(sink, waiting)
 
     def _frames(self) -> Iterator[Iterator[_Item]]:
         while True:
@@ -269,6 +280,22 @@ class Recording:
 
     def _error(self, message: str, offset_bytes: int) -> FormatError:
         return FormatError(message, str(self.path), offset_bytes)
+
+
+def _time(stamped: tuple[int, _Item]) -> int:
+    return stamped[0]
+
+
+def _write(sink: Sink, items: Iterable[tuple[int, _Item]]) -> None:
+    events: list[Event] = []
+    for _, item in items:
+        if not isinstance(item, Lost):
+            events.append(item)
+            continue
+        sink.write(events)
+        events = []
+        sink.write_lost(item.count, item.cpu)
+    sink.write(events)
 
 
 def _lines(payload: bytes, at: int) -> Iterator[tuple[int, str]]:

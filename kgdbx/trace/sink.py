@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy.typing as npt
 
 from kgdbx.probes.event import Event
-from kgdbx.trace.layout import ProbeLayout
+from kgdbx.resident.layout import ProbeLayout
 
 __all__ = ("Output", "RecordSink", "Records", "Sink")
 

@@ -7,16 +7,19 @@ from typing import TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
-from kgdbx.commands.session.listing import PROBE_COLUMNS, probe_rows
+from kgdbx.commands.session.listing import probe_table
 from kgdbx.commands.session.probe import describe
 from kgdbx.errors import CommandError
 from kgdbx.machine.vm import find_vm
-from kgdbx.probes.event import Event
 from kgdbx.probes.probe import HandlerFault, Probe
-from kgdbx.render import pick_style, table
+from kgdbx.render import pick_style
 from kgdbx.session import Refused, Session
-from kgdbx.trace.json_lines import SCHEMA, event_json, json_line
-from kgdbx.trace.text import event_line
+from kgdbx.trace.json_lines import JsonLinesSink, json_line
+from kgdbx.trace.sink import Sink
+from kgdbx.trace.streams import Outputs
+from kgdbx.trace.text import TextSink
+
+__all__ = ("END_ARGUMENTS", "TARGET_ARGUMENTS", "open_session", "run_session")
 
 TARGET_ARGUMENTS = (
     argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),
@@ -25,15 +28,47 @@ TARGET_ARGUMENTS = (
 )
 """Options that say which kernel."""
 
+END_ARGUMENTS = (
+    argument("-n", "--count", type=int, metavar="N", help="end after N events"),
+    argument("-d", "--duration", type=float, metavar="S", help="end after S seconds"),
+    argument("-e", "--exec", metavar="COMMAND", help="run in the guest; end when it ends"),
+)
+"""Options that say when it ends, besides ``^C``."""
+
 
 def open_session(args: argparse.Namespace) -> Session:
     """Attach to the kernel that the options name.
 
-    :raises CommandError: unless they name one
+    :raises CommandError: unless they name one, or ``--exec`` is given without a VM
     """
+    if args.exec and not args.vm:
+        raise CommandError("--exec needs a VM of ours: --vm NAME")
     if bool(args.vm) == bool(args.connect):
         raise CommandError("name a kernel: --vm NAME, or --connect ADDRESS --vmlinux FILE")
-    return Session.connect(args.vm or args.connect, args.vmlinux)
+    session = Session.connect(args.vm or args.connect, args.vmlinux)
+    if session.recovery is not None:
+        print(f"kgdbx: {session.recovery.text}", file=sys.stderr)
+    return session
+
+
+def run_session(session: Session, args: argparse.Namespace) -> int:
+    """Let the kernel run as long as the options say.
+
+    :return: exit status of the guest command; 0 if there is none, or the run ended before it
+    """
+    if not args.exec:
+        session.run(timeout_s=args.duration, count=args.count)
+        return 0
+    command = find_vm(args.vm).start(args.exec)
+    try:
+        session.run(timeout_s=args.duration, count=args.count, command=command)
+        status = command.poll()
+        sys.stderr.write(command.output.decode(errors="replace"))
+        if status:
+            print(f"kgdbx: the guest command ended with status {status}", file=sys.stderr)
+        return status or 0
+    finally:
+        command.discard()
 
 
 @PROGRAM_COMMANDS.command(
@@ -54,9 +89,13 @@ Events go to the standard output, the table of probes to the standard error outp
         argument(
             "-s", "--script", action="append", default=[], metavar="FILE", help="a probe script"
         ),
-        argument("-n", "--count", type=int, metavar="N", help="end after N events"),
-        argument("-d", "--duration", type=float, metavar="S", help="end after S seconds"),
-        argument("-e", "--exec", metavar="COMMAND", help="run in the guest; end when it ends"),
+        *END_ARGUMENTS,
+        argument(
+            "--tier",
+            choices=("auto", "resident", "stop"),
+            default="auto",
+            help="inside the kernel, by stopping it at each hit, or the first that can be (auto)",
+        ),
         argument("--hardware", action="store_true", help="use debug registers"),
         argument("--json", action="store_true", help="one JSON object a line"),
         argument("--color", choices=("auto", "always", "never"), default="auto"),
@@ -65,15 +104,14 @@ Events go to the standard output, the table of probes to the standard error outp
 def probe(out: TextIO, args: argparse.Namespace) -> int:
     if not args.definitions and not args.script:
         raise CommandError("give a probe definition, or a script with -s")
-    if args.exec and not args.vm:
-        raise CommandError("--exec needs a VM of ours: --vm NAME")
     with open_session(args) as session:
-        _show(session, out, args)
+        outputs = _show(session, out, args)
         for text in args.definitions:
             _say(args, _define(session, text, args))
         for path in args.script:
             _say(args, session.load_script(Path(path)))
-        status = _run(session, args)
+        status = run_session(session, args)
+        outputs.tell_lost()
         probes = list(session.probes)
         _summarize(out, args, probes)
         faults = sum(p.nfaults for p in probes)
@@ -82,7 +120,7 @@ def probe(out: TextIO, args: argparse.Namespace) -> int:
 
 def _define(session: Session, text: str, args: argparse.Namespace) -> list[Probe]:
     try:
-        return session.define(text, hardware=args.hardware)
+        return session.define(text, hardware=args.hardware, tier=args.tier)
     except Refused as e:
         if not e.placed:
             raise
@@ -90,21 +128,22 @@ def _define(session: Session, text: str, args: argparse.Namespace) -> list[Probe
         return e.placed
 
 
-def _show(session: Session, out: TextIO, args: argparse.Namespace) -> None:
-    style = pick_style(out, args.color)
+def _show(session: Session, out: TextIO, args: argparse.Namespace) -> Outputs:
+    sink: Sink
     if args.json:
-        print(json_line({"schema": SCHEMA}), file=out)
-
-    def show(event: Event) -> None:
-        print(json_line(event_json(event)) if args.json else event_line(event, style), file=out)
-        out.flush()
+        sink = JsonLinesSink(out)
+    else:
+        sink = TextSink(out, pick_style(out, args.color), header=False)
+    outputs = Outputs([sink], [], session.resident.engine.lost)
 
     def show_fault(probe: Probe, fault: HandlerFault) -> None:
         if probe.nfaults == 1:
             print(f"kgdbx: {probe.name}: {fault.handler} raised:\n{fault.trace}", file=sys.stderr)
 
-    session.event_listeners.append(show)
+    session.event_listeners.append(outputs.event)
+    session.idle_hooks.append(outputs.idle)
     session.probes.fault_listeners.append(show_fault)
+    return outputs
 
 
 def _say(args: argparse.Namespace, probes: list[Probe]) -> None:
@@ -115,33 +154,16 @@ def _say(args: argparse.Namespace, probes: list[Probe]) -> None:
 
 def _summarize(out: TextIO, args: argparse.Namespace, probes: list[Probe]) -> None:
     if not args.json:
-        rows = probe_rows(probes)
-        print(table(PROBE_COLUMNS, rows, pick_style(sys.stderr, args.color)), file=sys.stderr)
+        print(probe_table(probes, pick_style(sys.stderr, args.color)), file=sys.stderr)
         return
     for p in probes:
         record = {
             "probe": p.name,
             "definition": p.text,
+            "tier": p.tier,
             "state": p.state.value,
             "hits": p.hits,
             "nmissed": p.nmissed,
             "faults": p.nfaults,
         }
         print(json_line({"summary": record}), file=out)
-
-
-def _run(session: Session, args: argparse.Namespace) -> int:
-    # The guest command's exit status; 0 if there is none, or the run ended before it.
-    if not args.exec:
-        session.run(timeout_s=args.duration, count=args.count)
-        return 0
-    command = find_vm(args.vm).start(args.exec)
-    try:
-        session.run(timeout_s=args.duration, count=args.count, command=command)
-        status = command.poll()
-        sys.stderr.write(command.output.decode(errors="replace"))
-        if status:
-            print(f"kgdbx: the guest command ended with status {status}", file=sys.stderr)
-        return status or 0
-    finally:
-        command.discard()

@@ -9,9 +9,9 @@ import pytest
 
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import Clock
+from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.binary import RECORD_HEADER
-from kgdbx.trace.layout import FieldLayout, ProbeLayout
 
 ADDRESS = 0xFFFFFFFF81200000
 

@@ -9,6 +9,7 @@ import pytest
 
 from kgdbx.resident import record
 from kgdbx.resident.clock import Clock
+from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.trace.binary import (
     FILE_HEADER,
     FRAME_HEADER,
@@ -23,7 +24,6 @@ from kgdbx.trace.binary import (
     text_frames,
 )
 from kgdbx.trace.errors import TraceError
-from kgdbx.trace.layout import FieldLayout, ProbeLayout
 
 Numbered = Callable[..., npt.NDArray[Any]]
 

@@ -7,10 +7,10 @@ import pytest
 from kgdbx.probes.fetch import FieldValue, Hex, Unreadable
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.code import DIVISION_BY_ZERO
+from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.decode import RecordDecoder, decode_field
 from kgdbx.trace.errors import TraceError
-from kgdbx.trace.layout import FieldLayout, ProbeLayout
 
 Make = Callable[..., bytes]
 

@@ -17,11 +17,11 @@ import pytest
 
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import IDENTITY, Clock
+from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.binary import FILE_HEADER, FRAME_HEADER, LOST, FrameType
 from kgdbx.trace.endpoint import FifoEndpoint, SocketEndpoint
 from kgdbx.trace.errors import TraceError
 from kgdbx.trace.fifo import Fifo
-from kgdbx.trace.layout import ProbeLayout
 from kgdbx.trace.recording import Recording
 
 Numbered = Callable[..., npt.NDArray[Any]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kgdbx.trace.layout import FieldLayout, ProbeLayout
+from kgdbx.resident.layout import FieldLayout, ProbeLayout
 
 
 def test_there_and_back(opened: ProbeLayout) -> None:

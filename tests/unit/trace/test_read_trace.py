@@ -11,9 +11,9 @@ import pytest
 
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import Clock
+from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.trace.endpoint import FifoEndpoint, SocketEndpoint
 from kgdbx.trace.fifo import Fifo
-from kgdbx.trace.layout import FieldLayout, ProbeLayout
 from kgdbx.trace.recording import RecordingWriter
 from kgdbx.trace.sink import RecordSink
 

@@ -11,9 +11,9 @@ import pytest
 
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import IDENTITY, Clock
+from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.binary import FILE_HEADER, FRAME_HEADER, LostSource, file_header
 from kgdbx.trace.errors import FormatError, TraceError
-from kgdbx.trace.layout import ProbeLayout
 from kgdbx.trace.recording import Lost, Recording, RecordingWriter
 from kgdbx.trace.text import TextSink
 
