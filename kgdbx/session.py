@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol, Self, TypeAlias
 
 from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost, TargetTimeout
+from kgdbx.machine.headers import kernel_header
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.arguments import argument_suppliers
@@ -26,7 +27,9 @@ from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import read_script
 from kgdbx.resident.codegen import NotResident
 from kgdbx.resident.displacement import CannotDisplace
+from kgdbx.resident.recover import Recovery
 from kgdbx.resident.tier import ResidentTier
+from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop, Target
 from kgdbx.target.ram import GuestRam
@@ -76,6 +79,8 @@ class Session:
     :param journal: file to note changes of the guest in while there are any
     :ivar event_listeners: called with each event, when the handlers of its stop are through and
         before the guest runs on
+    :ivar recovery: what was put right that a killed session had left in the guest; None if
+        there was nothing
     :ivar idle_hooks: called again and again during :meth:`run` while the guest runs, and once
         more after it
     """
@@ -90,11 +95,14 @@ class Session:
     ) -> None:
         self.target = target
         self.kernel = kernel
+        self.recovery: Recovery | None = None
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
         self._events = EventQueue(self.event_listeners)
         self.probes: ProbeManager = EventfulManager(kernel, self._events, self._take_resident)
-        self.resident = ResidentTier(kernel, self.probes.on_stop_between, ram, journal)
+        self.resident = ResidentTier(
+            kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
+        )
         if isinstance(target, RspTarget) and ram is not None:
             self.probes.use_doorbell(self.resident.doorbell)
         self._done = threading.Event()
@@ -120,15 +128,24 @@ class Session:
 
     @classmethod
     def attach_vm(cls, info: VmInfo) -> "Session":
-        """Attach without gdb to a VM of ours."""
+        """Attach without gdb to a VM of ours, and put right what a killed session left in it.
+
+        :raises CommandError: if the journal of that session cannot be used
+        """
         ram = open_ram(info)
-        return cls.attach(
+        session = cls.attach(
             RspTarget(str(info.gdb_socket), ram=ram),
             info.vmlinux,
             debug_modules=info.debug_modules,
             ram=ram,
             journal=info.journal,
         )
+        try:
+            session.recovery = session.resident.recover()
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     @classmethod
     def attach(
@@ -224,6 +241,87 @@ class Session:
         """Register a probe with handlers of its own."""
         return self.probes.register(probe)
 
+    def nullify(
+        self,
+        function: str,
+        retval: int | str = 0,
+        *,
+        condition: str | None = None,
+        module: str | None = None,
+        name: str | None = None,
+    ) -> VerdictProbe:
+        """Have a function return at once, without running its code.
+
+        :param function: ``[module:]function``
+        :param retval: a number, or ``-ENOMEM`` and its like
+        :param condition: an ``if`` expression; only calls for which it holds
+        :param module: only calls whose return address is in this module
+        :raises ProbeError: if it cannot be done; nothing is changed then
+        """
+        tier = self.resident
+        tier.check()
+        return self._register_verdict(
+            Nullify(
+                function,
+                tier.engine,
+                tier.reader,
+                retval,
+                condition=condition,
+                module=module,
+                name=name,
+            ),
+            name,
+        )
+
+    def replace(
+        self,
+        function: str,
+        other: str | Path,
+        *,
+        condition: str | None = None,
+        module: str | None = None,
+        name: str | None = None,
+        any_type: bool = False,
+    ) -> VerdictProbe:
+        """Have another function run in place of a function.
+
+        :param function: ``[module:]function``
+        :param other: a function of the kernel; or a C file, with a ``replacement()`` or a function
+            of the same name, or with an ``int handler(struct pt_regs *)`` that decides at each call
+        :param condition: an ``if`` expression; only calls for which it holds
+        :param module: only calls whose return address is in this module
+        :param any_type: take a function of the kernel whatever its type
+        :raises CompileError: for a C file that gcc refuses, with file and line
+        :raises ProbeError: if it cannot be done; nothing is changed then
+        """
+        tier = self.resident
+        tier.check()
+        probe: VerdictProbe
+        if isinstance(other, Path):
+            vmlinux = self.kernel.vmlinux
+            probe = CHandler(
+                function,
+                tier.engine,
+                tier.reader,
+                other,
+                kernel_header(vmlinux.path, vmlinux.build_id),
+                condition=condition,
+                module=module,
+                name=name,
+            )
+        else:
+            probe = Replace(
+                function,
+                tier.engine,
+                tier.reader,
+                other,
+                condition=condition,
+                module=module,
+                name=name,
+                any_type=any_type,
+            )
+        return self._register_verdict(probe, name)
+
     def load_script(self, path: Path) -> list[Probe]:
         """Register the probes of a script; none of them if one is refused.
 
@@ -285,17 +383,21 @@ class Session:
         done = self._done = threading.Event()
         self.target.forget_stop_request()
         self._events.hurry = False
-        with (
-            _stop_on_signals(self.target, done, self._events),
-            _stop_at_end(self.target, command, done),
-        ):
-            try:
-                stop = self._run(done, deadline, command)
-            finally:
-                self._idle()
-            # Events of the guest's own making end a run without a stop that was one of them.
-            return self.target.interrupt() if stop is None and self.limit_reached else stop
-        return None  # a signal came while a listener was stuck
+        try:
+            with (
+                _stop_on_signals(self.target, done, self._events),
+                _stop_at_end(self.target, command, done),
+            ):
+                try:
+                    stop = self._run(done, deadline, command)
+                finally:
+                    self._idle()
+                # Events of the guest's own making end a run without a stop that was one of them.
+                return self.target.interrupt() if stop is None and self.limit_reached else stop
+            return None  # a signal came while a listener was stuck
+        finally:
+            # It was meant for this run. The next may be one that takes probes out.
+            self.target.forget_stop_request()
 
     def _run(
         self, done: threading.Event, deadline: float | None, command: GuestCommand | None
@@ -312,7 +414,17 @@ class Session:
                 break
         return None
 
+    def poll(self) -> None:
+        """Hand out what was recorded since; for faces whose kernel runs without :meth:`run`.
+
+        :raises Exception: what an event listener or an idle hook raised
+        """
+        if self.resident.engine.is_open and not self.resident.engine.calling and not self._closed:
+            self._idle()
+
     def _idle(self) -> None:
+        if not self.target.running:
+            self.probes.settle()
         self._take_resident()
         for hook in tuple(self.idle_hooks):
             hook()
@@ -323,6 +435,11 @@ class Session:
     def limit_reached(self) -> bool:
         """Whether the last :meth:`run` ended by its number of events."""
         return self._limit is not None and self._emitted >= self._limit
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
 
     def close(self) -> None:
         """Unregister every probe, newest first, and let the kernel run on."""
@@ -338,7 +455,8 @@ class Session:
     def _withdraw(self) -> None:
         try:
             self.target.interrupt()
-            self.probes.close()
+            with self.resident.engine.removals():
+                self.probes.close()
             self.resident.close()
         except TargetLost:
             pass  # a guest that is gone needs no cleaning
@@ -377,6 +495,14 @@ class Session:
         (self._stop_on.add if stop else self._stop_on.discard)(probe.name)
         return probe
 
+    def _register_verdict(self, probe: VerdictProbe, name: str | None) -> VerdictProbe:
+        if name is None:
+            taken = {other.name for other in self.probes}
+            names = (f"{probe.name}_{n}" if n else probe.name for n in itertools.count())
+            probe.name = next(each for each in names if each not in taken)
+        self.probes.register(probe)
+        return probe
+
     def _named(self, definition: ProbeDefinition) -> ProbeDefinition:
         # perf probe's way: the second probe at a place gets _1 behind its name.
         taken = {probe.name for probe in self.probes}
@@ -413,9 +539,8 @@ class Session:
 
     def _take_resident(self) -> None:
         # What was recorded in the guest: the order is kept with what is handled at stops.
-        for event in self.resident.events(final=not self.target.running):
-            if self.limit_reached:
-                return
+        events = self.resident.events(final=not self.target.running)
+        while not self.limit_reached and (event := next(events, None)) is not None:
             self._emitted += 1
             self._events.append(event)
         if self.limit_reached:

@@ -146,9 +146,7 @@ def _many(rounds: int) -> Iterator[Figure]:
                 definitions = [parse_definition(f"p {name}") for name in names[: _TRACED + 200]]
                 start = time.perf_counter()
                 try:
-                    placed = session.define_many(
-                        definitions, tier="resident", inlined_copies=False
-                    )
+                    placed = session.define_many(definitions, tier="resident", inlined_copies=False)
                 except Refused as e:
                     placed = e.placed
                 attach.append((time.perf_counter() - start) * _TRACED / len(placed))

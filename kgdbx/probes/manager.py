@@ -4,7 +4,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 
-from kgdbx.errors import KgdbxError, ProbeError, SymbolError, TargetError
+from kgdbx.errors import KgdbxError, ProbeError, TargetError, TargetLost
 from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance, ReturnTable
 from kgdbx.probes.module_events import ModuleEvents
 from kgdbx.probes.probe import HandlerFault, Hit, Probe, State
@@ -44,10 +44,10 @@ class ProbeManager:
         self._watches: list[Watch] = []
         self._idle_returns: dict[int, None] = {}
         self._module_events = ModuleEvents(self)
-        self._dispatching = False
+        self.handling: int | None = None  # the vCPU whose handlers run
         self._stale: list[Site] = []
         self._doorbell: Doorbell | None = None
-        self._busy: Site | None = None  # hit often enough to be worth a doorbell
+        self._busy: list[Site] = []  # hit often enough to be worth a doorbell
         self._promoting = False
         self._must_stand = False
 
@@ -156,24 +156,25 @@ class ProbeManager:
         if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
             return False
         if self._doorbell is not None:
-            stands = self._answer(self._doorbell)
+            # A handler that has the guest make calls is under way: bells wait until it is through.
+            stands = self.handling is None and self._answer(self._doorbell)
             if stands or self._doorbell.rang(stop):
                 return not stands
         target = self.kernel.target
         regs = target.read_registers(stop.cpu)
         hit = Hit(self.kernel, stop.cpu, regs, regs.rip)
-        self._dispatching = True
+        outer, self.handling = self.handling, stop.cpu
         try:
             if stop.reason is StopReason.WATCHPOINT:
                 self._on_watchpoint(hit, stop)
             else:
                 self._on_breakpoint(hit)
         finally:
-            self._dispatching = False
+            self.handling = outer
             target.write_registers(stop.cpu, hit.regs)
             self._remove_stale()
-        if self._busy is not None and self._doorbell is not None and not hit.stop_requested:
-            return self._promote(self._busy, self._doorbell)
+        if self._busy and self._doorbell is not None and not hit.stop_requested:
+            return self._promote(self._doorbell)
         return not hit.stop_requested
 
     def settle(self) -> None:
@@ -185,12 +186,12 @@ class ProbeManager:
         # Whether the kernel is to be left standing. Each stop may find several hits, its own
         # among them or not.
         stands = False
-        self._dispatching = True
         try:
             for cpu, address, regs in doorbell.hits():
                 hit = Hit(self.kernel, cpu, regs, address)
                 site = self._sites.get(address)
                 resume = site.resume if site is not None else None
+                self.handling = cpu
                 try:
                     if resume is not None:
                         self._on_breakpoint(hit)
@@ -198,21 +199,25 @@ class ProbeManager:
                     stands = stands or hit.stop_requested
                     doorbell.release(cpu, hit.regs, resume, stands=hit.stop_requested)
         finally:
-            self._dispatching = False
+            self.handling = None
             self._remove_stale()
         return stands
 
-    def _promote(self, site: Site, doorbell: Doorbell) -> bool:
-        # The guest runs meanwhile, and other probes may be hit.
-        self._busy = None
-        if self._promoting or self._sites.get(site.address) is not site:
+    def _promote(self, doorbell: Doorbell) -> bool:
+        # The guest runs meanwhile, and other probes may be hit, and become busy.
+        if self._promoting:
             return True
         self._promoting = True
         self._must_stand = False
         try:
-            site.promote(doorbell)
-        except KgdbxError as e:
-            site.unpromoted = str(e)
+            while self._busy:
+                site = self._busy.pop()
+                if self._sites.get(site.address) is not site or not site.can_ring:
+                    continue
+                try:
+                    site.promote(doorbell)
+                except KgdbxError as e:
+                    site.unpromoted = str(e)
         finally:
             self._promoting = False
         return not self._must_stand
@@ -235,12 +240,14 @@ class ProbeManager:
             self._run_site(site, hit)
             # What follows may be another site: it must not be run past.
             next_site = self._sites.get(hit.regs.rip)
+            if next_site is None and self._doorbell is not None:
+                site.pass_patched(hit)
             site = None if next_site is site else next_site
 
     def _run_site(self, site: Site, hit: Hit) -> None:
         site.hits += 1
         if site.hits == _BUSY_HITS and site.can_ring:
-            self._busy = site
+            self._busy.append(site)
         if site.watches_returns:
             self._run_returns(site, hit)
             hit.address = site.address
@@ -350,7 +357,7 @@ class ProbeManager:
             self._stale.append(site)
 
     def _remove_stale(self) -> None:
-        if self._dispatching:
+        if self.handling is not None:
             return
         while self._stale:
             self._stale[-1].remove()
@@ -406,7 +413,9 @@ class ProbeManager:
                 )
                 probe.points = points or ()
                 self._attach(probe)
-            except (ProbeError, SymbolError) as e:
+            except TargetLost:
+                raise
+            except KgdbxError as e:
                 probe.record_fault("register", e)
 
     def memory_freed(self, regions: tuple[tuple[int, int], ...]) -> None:

@@ -17,6 +17,10 @@ from kgdbx.target.base import BreakpointKind, Stop, StopReason
 __all__ = ("Attachment", "Doorbell", "Site")
 
 _IDT_BYTES = 32 * 16
+_ENDBR_BYTES = 4
+_PATCHED_BYTES = 5
+_FTRACE_NOP = bytes.fromhex("0f1f440000")  # BYTES_NOP5, arch/x86/include/asm/nops.h
+_JUMP = b"\xe9"
 _STEP_S = 30.0  # a repeated string instruction is one step an iteration
 
 
@@ -105,7 +109,11 @@ class Site:
 
         :raises ProbeError: if that cannot be done here; the breakpoint stays
         """
-        self.resume = doorbell.insert(self.address)
+        resume = doorbell.insert(self.address)
+        if not self.inserted:
+            doorbell.remove(self.address)  # a handler that ran meanwhile has taken the probe out
+            return
+        self.resume = resume
         self._doorbell = doorbell
         self._kernel.target.remove_breakpoint(self.kind, self.address)
 
@@ -142,6 +150,19 @@ class Site:
                 self.boosted += 1
                 return True
         return self._step(hit, on_watchpoint)
+
+    def pass_patched(self, hit: Hit) -> None:
+        """Do the instruction behind an ``endbr64`` too, where ftrace patches functions: a doorbell
+        would go there, and who stands before it would be hit a second time.
+        """
+        address = self.address + _ENDBR_BYTES
+        if self.resume is None and len(self._code) == _ENDBR_BYTES and hit.regs.rip == address:
+            code = self._kernel.read_code(address, _PATCHED_BYTES)
+            if code == _FTRACE_NOP:
+                hit.regs.rip += _PATCHED_BYTES
+            elif code[:1] == _JUMP:
+                distance = int.from_bytes(code[1:], "little", signed=True)
+                hit.regs.rip += _PATCHED_BYTES + distance
 
     def skip_displaced(self, hit: Hit) -> None:
         """Go on behind the instruction without doing it."""

@@ -10,6 +10,7 @@ from kgdbx.errors import MemoryFault, ProbeError
 from kgdbx.resident.bells import Bells, make_bells
 from kgdbx.resident.clock import IDENTITY, SAMPLE_SOURCE, Clock, clock_from_sample
 from kgdbx.resident.codegen import Body
+from kgdbx.resident.decision import ORIGINAL, Decision, UserCode
 from kgdbx.resident.displace import Displacement, displace, tasks_inside
 from kgdbx.resident.guest_call import Call, GuestCaller, Script
 from kgdbx.resident.heap import Heap, Places
@@ -20,6 +21,7 @@ from kgdbx.resident.memory import GuestMemory, Window
 from kgdbx.resident.returns import (
     RET_ADDR_AT,
     SLOT_BYTES,
+    TASK_AT,
     PendingReturn,
     empty_slot,
     pending_returns,
@@ -44,15 +46,18 @@ _ENDBR_BYTES = 4
 _TAIL_SLACK_BYTES = 40  # a short branch that is moved grows, and the jump back
 _QUIESCE_S = 10.0
 _QUIESCE_STEP_S = 0.01
+_PER_CPU_S = 5.0
 
 
 @dataclass(eq=False)
 class Program:
     """One probe at one place, before and after it is placed.
 
-    :ivar kind: ``p``, ``r`` for a return probe, or ``bell`` for a hit that the host looks at
+    :ivar kind: ``p``, ``r`` for a return probe, ``bell`` for a hit that the host looks at, or
+        ``verdict`` for one that decides what becomes of the call
     :ivar displacement: what lies at the place
-    :ivar body: what to record; None for a bell
+    :ivar body: what to record; None for a bell and a verdict
+    :ivar decision: of a verdict
     :ivar maxactive: return slots
     :ivar id: its number in the records
     :ivar at_entry: whether the place is a function's first instruction
@@ -61,6 +66,7 @@ class Program:
     kind: str
     displacement: Displacement
     body: Body | None = None
+    decision: Decision | None = None
     maxactive: int = 0
     id: int = 0
     address: int = 0
@@ -86,11 +92,13 @@ class Counts:
     :ivar hits: as the stop tier counts them
     :ivar nmissed: no free return slot, or a hit inside of a handler
     :ivar nfaults: conditions that could not be evaluated
+    :ivar decided: calls that did not go on as they would have by themselves
     """
 
     hits: int
     nmissed: int
     nfaults: int
+    decided: int
 
 
 @dataclass
@@ -108,6 +116,7 @@ class Engine:
     :param make_journal: makes the journal when the first probe is placed
     :param ring_bytes: size of each CPU's rings
     :param overwrite: the newest records win when the host does not keep up
+    :param handling: the vCPU whose handlers run: the guest must not go on from there
     """
 
     def __init__(
@@ -119,12 +128,13 @@ class Engine:
         *,
         ring_bytes: int = RING_BYTES,
         overwrite: bool = False,
+        handling: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.kernel = kernel
         self.host = HostView(kernel, ram)
         self.streams: dict[int, Stream] = {}
         self.programs: dict[int, Program] = {}
-        self._caller = GuestCaller(kernel, dispatch)
+        self._caller = GuestCaller(kernel, dispatch, handling)
         self._make_journal = make_journal
         self._ring_bytes = ring_bytes
         self._overwrite = overwrite
@@ -134,6 +144,7 @@ class Engine:
         self._next_site = 0
         self._counters: list[int] = []
         self._batch: list[Program] | None = None
+        self._removals: list[Program] | None = None
         self._blacklist: Blacklist | None = None
 
     def displacement(self, function: Function, address: int) -> Displacement:
@@ -159,6 +170,16 @@ class Engine:
     def clock(self) -> Clock:
         """From the time stamps in the records to the guest's monotonic nanoseconds."""
         return (self._opened and self._opened.clock) or IDENTITY
+
+    def owns(self, address: int) -> bool:
+        """Whether code of ours is at an address."""
+        window = self._opened.window if self._opened is not None else None
+        return window is not None and window.start <= address < window.end
+
+    @property
+    def calling(self) -> bool:
+        """Whether the guest makes calls for us now, and the rest has to wait."""
+        return self._caller.calling
 
     def gs_base(self, cpu: int) -> int:
         """The kernel's ``gs`` base on a vCPU."""
@@ -202,6 +223,7 @@ class Engine:
 
     def _install(self, programs: Sequence[Program]) -> None:
         opened = self._open()
+        self._take_counters(opened, len(programs))
         self._caller.run(self._take_memory(opened, programs))
         changed: dict[int, _Site] = {}
         for program in programs:
@@ -211,6 +233,8 @@ class Engine:
                 address, _Site(program.displacement, list(old.programs) if old else [])
             )
             site.programs.append(program)
+            # What only looks comes first: it sees the call whatever is decided of it.
+            site.programs.sort(key=lambda p: p.decision is not None)
         linked, numbers = self._build(opened, changed, programs)
         if opened.clock is None:
             opened.clock = self._caller.run(self._sample(opened))
@@ -218,10 +242,23 @@ class Engine:
         self._patch(opened, changed, linked, numbers)
         self.programs.update((program.id, program) for program in programs)
 
+    @contextlib.contextmanager
+    def removals(self) -> Iterator[None]:
+        """Take out all that is uninstalled meanwhile at the end, at once."""
+        self._removals = []
+        try:
+            yield
+        finally:
+            programs, self._removals = self._removals, None
+            self.uninstall(programs)
+
     def uninstall(self, programs: Iterable[Program]) -> None:
         """Take probes out, newest first; calls in progress return as if nothing had been."""
+        if self._removals is not None:
+            self._removals += programs
+            return
         opened = self._opened
-        gone = [p for p in programs if self.programs.get(p.id) is p]
+        gone = dict.fromkeys(p for p in programs if self.programs.get(p.id) is p)
         if opened is None or not gone:
             return
         rebuilt: dict[int, _Site] = {}
@@ -276,6 +313,11 @@ class Engine:
         for stream in tuple(self.streams.values()):
             yield from stream.drain(self.host)
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a record was being written when its ring was drained last."""
+        return any(stream.in_flight for stream in self.streams.values())
+
     def lost(self) -> int:
         """Records that were lost so far because a ring was full, or overwritten."""
         return sum(stream.lost(self.host) for stream in self.streams.values())
@@ -283,10 +325,10 @@ class Engine:
     def counts(self, program: Program) -> Counts:
         """What the guest counted of a probe."""
         assert self._opened is not None
-        totals = [0, 0, 0]
+        totals = [0, 0, 0, 0]
         for offset in self._opened.per_cpu_offsets:
-            data = self.host.read((program.counters + offset) & (1 << 64) - 1, 24)
-            for n, value in enumerate(struct.unpack("<QQQ", data)):
+            data = self.host.read((program.counters + offset) & (1 << 64) - 1, _COUNTERS_BYTES)
+            for n, value in enumerate(struct.unpack("<QQQQ", data)):
                 totals[n] += value
         return Counts(*totals)
 
@@ -297,10 +339,11 @@ class Engine:
         data = self.host.read(program.slots, program.maxactive * program.slot_bytes)
         return list(pending_returns(data, program.slots, program.slot_bytes))
 
-    def reap(self, program: Program, is_alive: Callable[[int], bool]) -> int:
-        """Free the slots of tasks that died in a probed function; how many there were."""
-        dead = [pending for pending in self.pending(program) if not is_alive(pending.task)]
+    def reap(self, program: Program, is_dead: Callable[[PendingReturn], bool]) -> int:
+        """Free the slots of calls that will never return; how many there were."""
+        dead = [pending for pending in self.pending(program) if is_dead(pending)]
         for pending in dead:
+            self.host.write(pending.slot + TASK_AT, bytes(8))
             self.host.write(pending.slot, bytes(8))
         return len(dead)
 
@@ -355,6 +398,7 @@ class Engine:
         controls = _RING_CONTROL_BYTES * cpus
         sizes = {slot_size(p.body.record_bytes) for p in programs if p.body} - set(self.streams)
         need = sum(64 + -(-p.maxactive * p.slot_bytes // 64) * 64 for p in programs)
+        need += sum(64 + code.object.data_bytes for _, code in _user_code(programs))
         yield from opened.heaps.data.room(need + len(sizes) * (controls + 64) + 64)
         if not opened.sample:
             opened.sample = opened.heaps.data.take(64)
@@ -371,9 +415,6 @@ class Engine:
             self.streams[size] = stream
         if opened.bells is None and any(program.kind == "bell" for program in programs):
             opened.bells = yield from make_bells(opened.memory, cpus)
-        while len(self._counters) < len(programs):
-            chunk = yield from opened.memory.per_cpu(_COUNTERS_CHUNK_BYTES)
-            self._counters += range(chunk, chunk + _COUNTERS_CHUNK_BYTES, _COUNTERS_BYTES)
         self._note_memory(opened, known)
         for program in programs:
             program.address = opened.heaps.data.take(64)
@@ -383,6 +424,26 @@ class Engine:
             program.counters = self._counters.pop()
             if program.body is not None:
                 program.stream = self.streams[slot_size(program.body.record_bytes)]
+
+    def _take_counters(self, opened: "_Opened", count: int) -> None:
+        # Of per-CPU memory little is ready at once. When that is used up, a worker of the guest's
+        # makes more as soon as it runs: pcpu_balance_workfn() in mm/percpu.c.
+        deadline = time.monotonic() + _PER_CPU_S
+        while len(self._counters) < count:
+            known = len(opened.memory.blocks), len(opened.memory.percpu)
+            try:
+                self._caller.run(self._more_counters(opened, count))
+            except ProbeError:
+                if time.monotonic() > deadline:
+                    raise
+                self._run_on()
+            finally:
+                self._note_memory(opened, known)
+
+    def _more_counters(self, opened: "_Opened", count: int) -> Script[None]:
+        while len(self._counters) < count:
+            chunk = yield from opened.memory.per_cpu(_COUNTERS_CHUNK_BYTES)
+            self._counters += range(chunk, chunk + _COUNTERS_CHUNK_BYTES, _COUNTERS_BYTES)
 
     def _note_memory(self, opened: "_Opened", known: tuple[int, int]) -> None:
         blocks, percpu = opened.memory.blocks[known[0] :], opened.memory.percpu[known[1] :]
@@ -398,7 +459,11 @@ class Engine:
         if opened.clock is None:
             unit.add(SAMPLE_SOURCE)
         numbers: dict[int, int] = {}
+        users = self._place_user_code(opened, new)
         for program in new:
+            if program.decision is not None:
+                program.handler = unit.decision(program.decision, _user_symbol(program))
+                continue
             if program.body is None:
                 assert opened.bells is not None
                 program.handler = unit.bell(opened.bells.address, opened.bells.watched)
@@ -424,11 +489,7 @@ class Engine:
             room = len(site.displacement.original) + _TAIL_SLACK_BYTES
             unit.site(numbers[address], calls, room)
         compiled = compile_unit(unit.text)
-        known = len(opened.memory.blocks), len(opened.memory.percpu)
-        if not opened.heaps.code.fits(compiled.code_bytes):
-            self._caller.run(opened.heaps.code.room(compiled.code_bytes))
-            self._note_memory(opened, known)
-        code = opened.heaps.code.take(compiled.code_bytes)
+        code = self._take_code(opened, compiled.code_bytes)
         linked = compiled.link(code, 0, lambda name: self._resolve(opened, name))
         opened.symbols.update(linked.symbols)
         text = bytearray(linked.code)
@@ -438,7 +499,38 @@ class Engine:
             moved += _jump(tail + len(moved), site.displacement.resume)
             text[tail - code : tail - code + len(moved)] = moved
         self._write_code(code, bytes(text))
+        for program, place in users.items():
+            tail = linked.symbols[f"tail_{numbers[program.displacement.address]}"]
+            self._write_user_code(program, place, tail)
         return linked, numbers
+
+    def _take_code(self, opened: "_Opened", size_bytes: int) -> int:
+        known = len(opened.memory.blocks), len(opened.memory.percpu)
+        if not opened.heaps.code.fits(size_bytes):
+            self._caller.run(opened.heaps.code.room(size_bytes))
+            self._note_memory(opened, known)
+        return opened.heaps.code.take(size_bytes)
+
+    def _place_user_code(
+        self, opened: "_Opened", programs: Sequence[Program]
+    ) -> dict[Program, tuple[int, int]]:
+        places: dict[Program, tuple[int, int]] = {}
+        for program, user in _user_code(programs):
+            code = self._take_code(opened, user.object.code_bytes)
+            data = opened.heaps.data.take(user.object.data_bytes)
+            places[program] = code, data
+            opened.symbols[_user_symbol(program)] = user.object.addresses(code, data)[user.entry]
+        return places
+
+    def _write_user_code(self, program: Program, place: tuple[int, int], original: int) -> None:
+        assert program.decision is not None and program.decision.user is not None
+        user = program.decision.user
+        linked = user.object.link(
+            *place, lambda name: original if name == ORIGINAL else user.resolve(name)
+        )
+        self._write_code(place[0], linked.code)
+        if linked.data:
+            self.host.write(place[1], linked.data)
 
     def _resolve(self, opened: "_Opened", name: str) -> int | None:
         found = opened.symbols.get(name)
@@ -519,6 +611,8 @@ class Engine:
         return True
 
     def _run_on(self) -> None:
+        if self._caller.handling() is not None:
+            raise ProbeError("a handler cannot wait for the guest to run on; try again outside")
         self.kernel.target.run(self._caller.dispatch, _QUIESCE_STEP_S)
 
     def _restore_returns(self, gone: Iterable[Program]) -> None:
@@ -526,18 +620,25 @@ class Engine:
         assert opened is not None
         opened.ever.update(dict.fromkeys(p for p in gone if p.kind == "r"))
         memory = self.kernel.memory
-        stubs: set[int] = set()
-        for program in opened.ever:
-            for pending in self.pending(program):
-                stubs.add(pending.stub)
-                if _stands_at(memory, pending):
-                    true = self.true_return(pending.ret_addr)
-                    memory.write(pending.place, true.to_bytes(8, "little"))
-                    self.host.write(pending.slot, bytes(8))
+        found = [pending for program in opened.ever for pending in self.pending(program)]
+        behind = {pending.stub: pending.ret_addr for pending in found}
+
+        def without_gone(address: int) -> int:
+            while address in behind:
+                address = behind[address]
+            return address  # the stub of a probe that stays, or where the call returns to
+
+        for pending in found:
+            if _stands_at(memory, pending):
+                true = without_gone(pending.ret_addr)
+                memory.write(pending.place, true.to_bytes(8, "little"))
+                self.host.write(pending.slot, bytes(8))
         for program in self.programs.values():
+            if program in opened.ever:
+                continue
             for pending in self.pending(program):
-                if pending.ret_addr in stubs:
-                    true = self.true_return(pending.ret_addr)
+                if pending.ret_addr in behind:
+                    true = without_gone(pending.ret_addr)
                     self.host.write(pending.slot + RET_ADDR_AT, true.to_bytes(8, "little"))
 
     def _write_code(self, address: int, data: bytes) -> None:
@@ -558,6 +659,16 @@ class _Opened:
     symbols: dict[str, int] = field(default_factory=dict)
     handlers: dict[tuple[object, ...], int] = field(default_factory=dict)
     ever: dict[Program, None] = field(default_factory=dict)
+
+
+def _user_code(programs: Iterable[Program]) -> Iterator[tuple[Program, UserCode]]:
+    for program in programs:
+        if program.decision is not None and program.decision.user is not None:
+            yield program, program.decision.user
+
+
+def _user_symbol(program: Program) -> str:
+    return f"user_{program.id}"
 
 
 def _stands_at(memory: KernelMemory, pending: PendingReturn) -> bool:

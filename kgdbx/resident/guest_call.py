@@ -1,8 +1,8 @@
 """Call the kernel's own functions: a vCPU that takes a timer interrupt makes the calls.
 
 Whatever the guest does, it takes timer interrupts, and an interrupt handler may allocate atomic
-memory. So the calls are made where ``hrtimer_interrupt`` is entered, with the registers put back
-before it goes on.
+memory. So the calls are made where the kernel enters one, with the registers put back before it
+goes on. While a handler of a probe runs it is the vCPU of its hit that makes them.
 
 Should kgdbx die meanwhile, the guest finds its own way back: behind the return address lies a
 ``struct pt_regs`` of the interrupted state, and the kernel's own exit from an exception takes it
@@ -25,6 +25,7 @@ _HOST_FUNCTION = "irq_enter_rcu"
 _CAPTURE_S = 10.0
 _CALL_S = 30.0
 _STACK_GAP_BYTES = 128
+_INTERRUPTS = 1 << 9  # X86_EFLAGS_IF: the calls are made on one vCPU
 # mov %rax,%rbx: its last byte alone is a ret, which nothing else ever executes.
 _HIDDEN_RET = b"\x48\x89\xc3"
 _RETURNS = ("restore_regs_and_return_to_kernel", "error_return")  # arch/x86/entry/entry_64.S
@@ -60,12 +61,19 @@ class GuestCaller:
 
     :param dispatch: handles stops that have nothing to do with the calls, as a target's ``run``
         asks for it
+    :param handling: the vCPU whose handlers run; it must not go on by itself
     :ivar calling: whether calls are under way
     """
 
-    def __init__(self, kernel: Kernel, dispatch: Callable[[Stop], bool]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        dispatch: Callable[[Stop], bool],
+        handling: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._kernel = kernel
         self.dispatch = dispatch
+        self.handling = handling
         self.calling = False
 
     def run(self, script: Script[_T]) -> _T:
@@ -73,11 +81,11 @@ class GuestCaller:
 
         :raises TargetTimeout: if the guest takes no timer interrupt, or a call does not return
         """
-        self.calling = True
+        outer, self.calling = self.calling, True
         try:
-            return _Run(self._kernel, self.dispatch, script).run()
+            return _Run(self._kernel, self.dispatch, script).run(self.handling())
         finally:
-            self.calling = False
+            self.calling = outer
 
 
 class _Run(Generic[_T]):
@@ -97,17 +105,21 @@ class _Run(Generic[_T]):
         self._result: list[_T] = []
         self._error: BaseException | None = None
 
-    def run(self) -> _T:
-        inserted = self._insert(self._entry)
-        self._insert(self._landing)
+    def run(self, cpu: int | None) -> _T:
+        inserted = cpu is None and self._insert(self._entry)
+        landing = self._insert(self._landing)
         try:
-            stop = self._target.run(self._on_stop, _CAPTURE_S)
+            if cpu is not None and not self._start(cpu, self._target.read_registers(cpu)):
+                stop = None  # no call is to be made
+            else:
+                stop = self._target.run(self._on_stop, _CAPTURE_S)
             if stop is None and self._cpu is not None and not self._finished:
                 self._target.run(self._on_stop, _CALL_S)
         finally:
             if inserted:
                 self._remove(self._entry)
-            self._remove(self._landing)
+            if landing:
+                self._remove(self._landing)
         if self._error is not None:
             raise self._error
         if not self._finished:
@@ -137,17 +149,20 @@ class _Run(Generic[_T]):
         regs = self._target.read_registers(stop.cpu)
         if regs.rip == self._entry and self._cpu is None:
             self._remove(self._entry)
-            self._cpu, self._saved = stop.cpu, regs.copy()
-            frame = struct.pack(f"<{len(_PT_REGS)}Q", *(regs[name] for name in _PT_REGS))
-            self._stack = ((regs.rsp - _STACK_GAP_BYTES) & ~15) - len(frame) - 16
-            way_back = self._way_back.to_bytes(8, "little")
-            self._kernel.memory.write(self._stack + 8, way_back + frame)
-            return self._advance(regs, None)
+            return self._start(stop.cpu, regs)
         if regs.rip == self._landing and stop.cpu == self._cpu:
             return self._advance(regs, regs.rax)
         if regs.rip == self._entry:
             return True  # reported a second time after its breakpoint was taken out
         return self._dispatch(stop)
+
+    def _start(self, cpu: int, regs: Registers) -> bool:
+        self._cpu, self._saved = cpu, regs.copy()
+        frame = struct.pack(f"<{len(_PT_REGS)}Q", *(regs[name] for name in _PT_REGS))
+        self._stack = ((regs.rsp - _STACK_GAP_BYTES) & ~15) - len(frame) - 16
+        way_back = self._way_back.to_bytes(8, "little")
+        self._kernel.memory.write(self._stack + 8, way_back + frame)
+        return self._advance(regs, None)
 
     def _advance(self, regs: Registers, returned: int | None) -> bool:
         try:
@@ -161,6 +176,7 @@ class _Run(Generic[_T]):
             for name, value in zip(_ARGUMENTS, call.arguments, strict=False):
                 setattr(regs, name, value & (1 << 64) - 1)
             regs.rsp, regs.rip, regs.rax = self._stack, call.address, 0
+            regs.eflags &= ~_INTERRUPTS
             self._target.write_registers(self._cpu or 0, regs)
             return True
         assert self._saved is not None

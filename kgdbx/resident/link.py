@@ -16,7 +16,15 @@ from elftools.elf.sections import SymbolTableSection
 
 from kgdbx.errors import ProbeError
 
-__all__ = ("CFLAGS", "CompileError", "LinkError", "Linked", "Object", "compile_unit")
+__all__ = (
+    "CFLAGS",
+    "CompileError",
+    "LinkError",
+    "Linked",
+    "Object",
+    "compile_file",
+    "compile_unit",
+)
 
 CFLAGS = (
     "-O2",
@@ -32,6 +40,8 @@ CFLAGS = (
     "-fno-asynchronous-unwind-tables",
     "-fno-strict-aliasing",
     "-fno-jump-tables",
+    # Of two equal handlers one would become a call of the other, with a stack frame in between.
+    "-fno-ipa-icf",
     "-ffreestanding",
     "-fno-builtin",
     "-Wall",
@@ -119,6 +129,25 @@ class Object:
         """Symbols that must come from elsewhere."""
         return tuple(name for name, place, _, _ in self._symbols if place == "SHN_UNDEF" and name)
 
+    @property
+    def defined(self) -> frozenset[str]:
+        """Names of what is in the unit."""
+        return frozenset(self.addresses(0, 0))
+
+    def addresses(self, code: int, data: int) -> dict[str, int]:
+        """Where what is in the unit will be.
+
+        :param code: guest-virtual address for the code
+        :param data: and for the data
+        """
+        bases = {"code": code, "data": data}
+        found: dict[str, int] = {}
+        for name, place, value, _ in self._symbols:
+            if name and isinstance(place, int) and place in self._offsets:
+                part, offset = self._offsets[place]
+                found[name] = bases[part] + offset + value
+        return found
+
     def link(self, code: int, data: int, resolve: Callable[[str], int | None]) -> Linked:
         """Relocate to addresses.
 
@@ -129,7 +158,6 @@ class Object:
         """
         bases = {"code": code, "data": data}
         values: list[int] = []
-        symbols: dict[str, int] = {}
         missing: list[str] = []
         for name, place, value, is_weak in self._symbols:
             if place == "SHN_UNDEF":
@@ -142,8 +170,6 @@ class Object:
             elif isinstance(place, int) and place in self._offsets:
                 part, offset = self._offsets[place]
                 values.append(bases[part] + offset + value)
-                if name:
-                    symbols[name] = values[-1]
             else:
                 values.append(0)
         if missing:
@@ -157,6 +183,7 @@ class Object:
             images[part][start + offset : start + offset + _RELOCATIONS.get(kind, (8, 0))[0]] = (
                 _relocated(kind, value, at, name)
             )
+        symbols = self.addresses(code, data)
         return Linked(bytes(images["code"]), bytes(images["data"]), symbols)
 
 
@@ -170,26 +197,40 @@ def compile_unit(source: str, *, flags: tuple[str, ...] = (), name: str = "probe
     with tempfile.TemporaryDirectory(prefix="kgdbx-") as directory:
         path = Path(directory) / name
         path.write_text(source, encoding="utf-8")
-        output = Path(directory) / "unit.o"
-        command = ("gcc", *CFLAGS, *flags, "-c", "-o", str(output), name)
-        try:
-            done = subprocess.run(
-                command,
-                cwd=directory,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_COMPILE_S,
-                check=False,
-            )
-        except FileNotFoundError as e:
-            raise CompileError("gcc is not installed; probes inside the guest need it") from e
-        except subprocess.TimeoutExpired as e:
-            raise CompileError(f"gcc has not ended after {_COMPILE_S:g} s") from e
-        if done.returncode:
-            lines = re.sub(r"^(compilation terminated\.|In file included.*)\n?", "", done.stderr)
-            raise CompileError(f"gcc refuses it:\n{lines.rstrip()}")
-        return Object(output)
+        return _compile(name, flags, Path(directory), directory)
+
+
+def compile_file(path: Path, *, flags: tuple[str, ...] = ()) -> Object:
+    """Compile a C file; messages call it by *path*.
+
+    :param flags: behind :data:`CFLAGS`
+    :raises CompileError: if gcc is missing, or refuses
+    """
+    with tempfile.TemporaryDirectory(prefix="kgdbx-") as directory:
+        return _compile(str(path), flags, Path(directory), None)
+
+
+def _compile(source: str, flags: tuple[str, ...], scratch: Path, cwd: str | None) -> Object:
+    output = scratch / "unit.o"
+    command = ("gcc", *CFLAGS, *flags, "-c", "-o", str(output), source)
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_COMPILE_S,
+            check=False,
+        )
+    except FileNotFoundError as e:
+        raise CompileError("gcc is not installed; probes inside the guest need it") from e
+    except subprocess.TimeoutExpired as e:
+        raise CompileError(f"gcc has not ended after {_COMPILE_S:g} s") from e
+    if done.returncode:
+        lines = re.sub(r"^(compilation terminated\.|In file included.*)\n?", "", done.stderr)
+        raise CompileError(f"gcc refuses it:\n{lines.rstrip()}")
+    return Object(output)
 
 
 def _relocated(kind: int, value: int, at: int, name: str) -> bytes:

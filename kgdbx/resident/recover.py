@@ -8,7 +8,7 @@ from typing import Any
 from kgdbx.errors import CommandError, MemoryFault
 from kgdbx.resident.guest_call import GuestCaller
 from kgdbx.resident.journal import read_journal
-from kgdbx.resident.memory import Block, GuestMemory, flush_translations
+from kgdbx.resident.memory import Block, GuestMemory
 from kgdbx.resident.returns import pending_returns, true_return
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop
@@ -30,6 +30,15 @@ class Recovery:
     returns: int = 0
     freed_bytes: int = 0
     conflicts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of it, for users: one line, and one for each conflict."""
+        done = (
+            f"an earlier kgdbx was killed: put back {self.patches} places of code and "
+            f"{self.returns} return addresses, freed {self.freed_bytes >> 10} KiB"
+        )
+        return "\n".join((done, *self.conflicts))
 
 
 @dataclass
@@ -53,10 +62,13 @@ def recover(
     :param dispatch: handles stops while the guest makes calls for us
     :param wait_until_unused: lets the guest run until nothing is inside a range of addresses, and
         calls a function at each stop meanwhile; whether that came to be
-    :raises CommandError: if the journal is of another boot of the guest, or makes no sense
+    :raises CommandError: if the journal makes no sense
     """
     found = _read(path, kernel)
     done = Recovery()
+    if found.slide != kernel.slide:
+        path.unlink()  # the guest has booted since: all of it is gone
+        return done
     memory = kernel.memory
     for address, (original, replacements) in reversed(found.patches.items()):
         live = kernel.read_code(address, len(original))
@@ -87,7 +99,7 @@ def recover(
         done.conflicts.append("code of kgdbx's is still in use in the guest: its memory stays")
         return done
     memory.write(entry, bytes(8))
-    flush_translations(kernel, start)
+    kernel.target.flush_translations()
     guest = GuestMemory(kernel)
     GuestCaller(kernel, dispatch).run(guest.give_back(found.blocks, found.percpu))
     done.freed_bytes = sum(block.size_bytes for block in found.blocks)
@@ -117,8 +129,6 @@ def _read(path: Path, kernel: Kernel) -> _Journalled:
             _take(found, record)
     except (KeyError, TypeError, ValueError) as e:
         raise CommandError(f"{path} is damaged: {e!r}") from e
-    if found.slide != kernel.slide:
-        raise CommandError(f"{path} is of another boot of this guest; remove it")
     return found
 
 

@@ -10,18 +10,22 @@ __all__ = (
     "PendingReturn",
     "RET_ADDR_AT",
     "SLOT_BYTES",
+    "TASK_AT",
     "empty_slot",
     "pending_returns",
     "true_return",
 )
 
-_SLOT = struct.Struct("<QQQQQQQ")  # struct slot, prelude.h, without what it keeps
+_SLOT = struct.Struct("<QQQQQQQQ")  # struct slot, prelude.h, without what it keeps
 
 SLOT_BYTES = _SLOT.size
 """Size of a slot that keeps nothing."""
 
 RET_ADDR_AT = 8
 """Where a slot holds the true return address."""
+
+TASK_AT = 24
+"""Where a slot holds its task."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class PendingReturn:
     :ivar slot: address of its slot
     :ivar ret_addr: where it returns to, unless that names a slot as well
     :ivar place: where its return address lies on the stack
-    :ivar task: ``struct task_struct *``
+    :ivar task: ``struct task_struct *``; 0 while the slot is being filled or set free
     :ivar stub: what stands there instead
+    :ivar pid: the task's at the entry
     """
 
     slot: int
@@ -40,11 +45,12 @@ class PendingReturn:
     place: int
     task: int
     stub: int
+    pid: int
 
 
 def empty_slot(probe: int, stub: int, size_bytes: int) -> bytes:
     """A slot as the guest finds it first."""
-    return _SLOT.pack(0, 0, 0, 0, 0, probe, stub).ljust(size_bytes, b"\0")
+    return _SLOT.pack(0, 0, 0, 0, 0, probe, stub, 0).ljust(size_bytes, b"\0")
 
 
 def pending_returns(data: bytes, address: int, size_bytes: int) -> Iterator[PendingReturn]:
@@ -54,9 +60,9 @@ def pending_returns(data: bytes, address: int, size_bytes: int) -> Iterator[Pend
     :param address: of the first
     """
     for at in range(0, len(data), size_bytes):
-        busy, ret_addr, place, task, _, _, stub = _SLOT.unpack_from(data, at)
+        busy, ret_addr, place, task, _, _, stub, pid = _SLOT.unpack_from(data, at)
         if busy:
-            yield PendingReturn(address + at, ret_addr, place, task, stub)
+            yield PendingReturn(address + at, ret_addr, place, task, stub, pid)
 
 
 def true_return(kernel: Kernel, address: int, start: int, end: int) -> int:

@@ -51,6 +51,7 @@ class _Ring:
     position: int  # struct position
     tail: int = 0
     lost: int = 0
+    in_flight: bool = False  # what comes next was not whole yet
 
 
 @dataclass(eq=False)
@@ -92,6 +93,11 @@ class Stream:
             while (batch := self._drain(ring, host)) is not None:
                 yield batch
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether the last drain met a record that was not whole yet."""
+        return any(ring.in_flight for ring in self.rings)
+
     def lost(self, host: HostView) -> int:
         """Records that found their ring full, or were overwritten unread; never silent."""
         for ring in self.rings:
@@ -105,6 +111,7 @@ class Stream:
             self.overwritten += skipped
             ring.tail += skipped
         count = head - ring.tail
+        ring.in_flight = count > 0
         if count <= 0:
             return None
         first = ring.tail % self.slots

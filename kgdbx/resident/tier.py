@@ -11,6 +11,7 @@ from kgdbx.resident.engine import Engine
 from kgdbx.resident.journal import Journal
 from kgdbx.resident.probe import ResidentProbe
 from kgdbx.resident.reader import EventReader
+from kgdbx.resident.reaper import Reaper
 from kgdbx.resident.recover import Recovery, recover
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop
@@ -25,6 +26,7 @@ class ResidentTier:
     :param dispatch: handles stops that come while the guest makes calls for us
     :param ram: the guest's RAM seen from the host, if it can be
     :param journal: where to note what has to be put back; None keeps no journal
+    :param handling: the vCPU whose handlers run
     """
 
     def __init__(
@@ -33,22 +35,37 @@ class ResidentTier:
         dispatch: Callable[[Stop], bool],
         ram: GuestRam | None,
         journal: Path | None,
+        handling: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._kernel = kernel
         self._journal = journal
         self._dispatch = dispatch
-        self.engine = Engine(kernel, dispatch, ram, lambda: Journal(journal, slide=kernel.slide))
+        self.engine = Engine(
+            kernel,
+            dispatch,
+            ram,
+            lambda: Journal(journal, slide=kernel.slide),
+            handling=handling,
+        )
         self.doorbell = Doorbell(kernel, self.engine)
-        self.reader = EventReader(kernel, self.engine.drain)
+        self.reader = EventReader(kernel, self.engine.drain, lambda: self.engine.in_flight)
+        self._reaper = Reaper(kernel, self.engine)
 
     def probe(self, definition: ProbeDefinition, *, inlined_copies: bool = True) -> ResidentProbe:
         """A probe to be registered; whether it can run in the guest shows then.
 
         :raises ProbeError: if this kernel cannot have any
         """
+        self.check()
+        return ResidentProbe(definition, self.engine, self.reader, inlined_copies=inlined_copies)
+
+    def check(self) -> None:
+        """Whether this kernel can have probes of its own now.
+
+        :raises ProbeError: if not
+        """
         if not self._kernel.memory.booted:
             raise ProbeError("the kernel has not booted")
-        return ResidentProbe(definition, self.engine, self.reader, inlined_copies=inlined_copies)
 
     def recover(self) -> Recovery | None:
         """Put back what a session that was killed left in the guest; None if there is nothing.
@@ -65,6 +82,7 @@ class ResidentTier:
         :param final: the guest stands: hold nothing back
         """
         if self.engine.is_open:
+            self._reaper.visit()
             yield from self.reader.read(self.engine.clock, final=final)
 
     def close(self) -> None:

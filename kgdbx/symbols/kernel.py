@@ -66,6 +66,7 @@ class Kernel:
         self._ram_end = ram_end
         self._debug_modules = debug_modules
         self._inlined: dict[str, InlineSites] = {}
+        self._module_types: dict[str, drgn.Type] = {}
         self.memory = KernelMemory(target, vmlinux, slide)
         self.memory.attach(ram_end)
 
@@ -183,7 +184,10 @@ class Kernel:
                 location = self.program.source_location(function.address)[-1]
                 found = self.program.function(function.name, location.filename)
         except (LookupError, drgn.BadDataError):
-            return None
+            # Of a module that was loaded again, drgn knows the first place only.
+            return self._module_types.get(function.qualified_name)
+        if function.module is not None:
+            self._module_types[function.qualified_name] = found.type_
         return found.type_
 
     def inlined_instances(self, name: str, timeout_s: float) -> InlineSites:

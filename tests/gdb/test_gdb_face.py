@@ -172,7 +172,8 @@ def test_interrupt_stops_the_kernel_and_quit_cleans(endless: Vm) -> None:
             # gdb passes ^C on to the stub, which drops it at a stop: then it takes another one.
             process.send_signal(signal.SIGINT)
             reader.join(5)
-            if process.poll() is not None:
+            if not reader.is_alive():
+                process.wait(20)
                 break
         process.kill()
         reader.join()

@@ -30,6 +30,8 @@ from kgdbx.commands.session import SESSION_COMMANDS
 )
 def attach(context: Context, args: argparse.Namespace) -> None:
     session = context.attach(args.where, args.vmlinux)
+    if session.recovery is not None:
+        context.write(session.recovery.text)
     kernel = session.kernel
     release = kernel.program["init_uts_ns"].name.release.string_().decode("ascii", "replace")
     context.write(

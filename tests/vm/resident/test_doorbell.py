@@ -1,0 +1,208 @@
+"""Python handlers on busy functions: the same before, across and after the change of means."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kgdbx.probes.jprobe import Jprobe
+from kgdbx.probes.kprobe import Kprobe
+from kgdbx.probes.kretprobe import Kretprobe
+from kgdbx.probes.probe import Hit
+from kgdbx.symbols.tasks import Task
+
+GuestOf = Callable[..., Any]
+CALL = "__x64_sys_getpgid"
+BUSY = 64  # hits before a breakpoint gives way
+CALLS = 1009
+
+
+def rings(guest: Any, probe: Any) -> bool:
+    """Whether a probe's place has a doorbell."""
+    (site,) = (s for s in guest.session.probes.sites if s.address == probe.points[0].address)
+    assert site.unpromoted == ""
+    return site.resume is not None
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_each_hit_once(guest_of: GuestOf, kernel: str) -> None:
+    guest = guest_of(kernel, smp=4)
+    before = guest.text()
+    tasks: Counter[str] = Counter()
+    order: list[str] = []
+
+    def entered(task: Task) -> None:
+        tasks[task.comm] += 1
+        order.append("p")
+
+    first = guest.session.register(Kprobe(CALL, entered))
+    guest.run(f"caller 4 {BUSY // 2}")
+    assert (first.hits, rings(guest, first)) == (BUSY // 2, False)
+    guest.run(f"caller 4 {CALLS}")  # across the change
+    assert (first.hits, rings(guest, first)) == (BUSY // 2 + CALLS, True)
+    second = guest.session.register(Kprobe(CALL, lambda regs: order.append(f"q{regs.di != 0}")))
+    guest.run(f"caller 4 {CALLS}")  # a second probe at the same place
+    assert (first.hits, second.hits) == (BUSY // 2 + 2 * CALLS, CALLS)
+    assert {comm: n for comm, n in tasks.items() if comm.startswith("caller")} == {
+        f"caller-{n}": BUSY // 8 + 2 * (CALLS // 4 + (n < CALLS % 4)) for n in range(4)
+    }
+    assert order == ["p"] * (BUSY // 2 + CALLS) + ["p", "qTrue"] * CALLS
+    assert not (first.nmissed or first.nfaults or second.nfaults)
+    first.unregister()
+    second.unregister()
+    guest.session.resident.close()
+    assert guest.text() == before
+    assert guest.run("caller 4 1009").startswith("1009 ")
+
+
+def test_entry_and_return(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    by_task: dict[int, list[str]] = {}
+
+    def note(what: str) -> Callable[[Task], None]:
+        return lambda task: by_task.setdefault(task.pid, []).append(what)
+
+    guest.session.register(Kprobe(CALL, note("in")))
+    back = guest.session.register(Kretprobe(CALL, note("out"), maxactive=20))
+    guest.run("caller 4 101")
+    assert (back.hits, back.nmissed, back.nfaults) == (101, 0, 0)
+    for own in by_task.values():
+        assert own == ["in", "out"] * (len(own) // 2)
+
+
+def test_handler_changes_registers(guest: Any) -> None:
+    # getpgid() of a process that is not there, whatever is asked for; then at once another result.
+    function = "do_getpgid"
+    results: Counter[int] = Counter()
+
+    def other(regs: Any) -> None:
+        regs.di = 0x3FFFFFFF
+
+    changing = guest.session.register(Kprobe(function, other))
+    guest.session.register(
+        Kretprobe(CALL, lambda retval: results.update((retval.value_(),)), maxactive=20)
+    )
+    guest.run("caller 2 150")
+    assert rings(guest, changing)
+    assert results == {-3: 150}  # -ESRCH
+    changing.unregister()
+    results.clear()
+
+    def at_once(hit: Hit) -> bool:
+        regs = hit.regs
+        regs.rax = 4711
+        regs.rip = hit.kernel.memory.read_u64(regs.rsp)
+        regs.rsp += 8
+        return True
+
+    returning = guest.session.register(Kprobe(function, at_once))
+    guest.run("caller 2 150")
+    assert rings(guest, returning)
+    assert results == {4711: 150}
+    returning.unregister()
+    guest.run("caller 2 10")
+    assert 0 <= results.total() - results[4711] == 10
+
+
+def test_stop_asked_for(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    hits = 0
+
+    def handler(hit: Hit) -> None:
+        nonlocal hits
+        hits += 1
+        if hits in (10, 200, 300, 400):
+            hit.stop()
+
+    probe = guest.session.register(Kprobe(CALL, handler))
+    command = guest.vm.start("caller 4 500")
+    for count in (10, 200, 300, 400):
+        assert guest.session.run(timeout_s=30) is not None
+        assert hits >= count
+        where = [guest.kernel.target.read_registers(c).rip for c in guest.kernel.target.cpus()]
+        # It stands at the probe, or behind its displaced instruction, and nowhere of ours.
+        assert any(guest.kernel.symbolize(a).startswith(CALL) for a in where)
+    guest.session.run(command=command, timeout_s=30)
+    assert command.wait(5).output.startswith("500 ")
+    assert hits == probe.hits == 500
+
+
+def test_unregistered_from_the_handler(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    before = guest.text()
+
+    def handler(hit: Hit) -> None:
+        if probe.hits == 300:
+            probe.unregister()
+            other.append(guest.session.register(Kprobe(CALL, lambda task: None)))
+
+    other: list[Kprobe] = []
+    probe = guest.session.register(Kprobe(CALL, handler))
+    guest.run(f"caller 4 {CALLS}")
+    assert probe.hits == 300
+    assert CALLS - 300 <= other[0].hits + 1 <= CALLS - 300 + 1
+    other[0].unregister()
+    guest.session.resident.close()
+    assert guest.text() == before
+
+
+def test_handler_that_raises(guest: Any) -> None:
+    def handler(hit: Hit) -> None:
+        raise ValueError("no")
+
+    probe = guest.session.register(Kprobe(CALL, handler))
+    assert guest.run("caller 2 300").startswith("300 ")
+    assert (probe.hits, probe.nfaults) == (300, 300)
+    assert rings(guest, probe)
+
+
+def test_arguments_of_a_jprobe(guest: Any) -> None:
+    names: Counter[str] = Counter()
+
+    def opened(dfd: Any, filename: Any, hit: Hit) -> None:
+        cr3 = hit.regs.cr3
+        name = hit.kernel.memory.read_string(filename.value_(), cr3=cr3)
+        names[name.decode()] += dfd.value_() == -100
+
+    probe = guest.session.register(Jprobe("do_sys_openat2", opened))
+    guest.run("opener 2 300 /no/such/file")
+    assert rings(guest, probe)
+    assert names["/no/such/file"] == 300
+
+
+def test_runs_that_end_all_the_time(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    counts: Counter[str] = Counter()
+    guest.session.register(Kprobe(CALL, lambda task: counts.update((task.comm[:7],))))
+    guest.run("caller 4 100")
+    command = guest.vm.start("caller 4 503")
+    turns = 0
+    while command.poll() is None:
+        guest.session.run(timeout_s=0.002 * (1 + turns % 7))
+        turns += 1
+        assert turns < 5000
+    assert counts["caller-"] == 603
+
+
+def test_stops_of_the_user_between(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    probe = guest.session.register(Kprobe(CALL, lambda regs: None))
+    back = guest.session.define(f"r30:out {CALL} $retval")[0]
+    assert back.tier == "resident"
+    guest.run("caller 4 200")
+    stops: list[object] = []
+
+    def interrupt() -> None:
+        guest.session.target.request_stop()
+
+    command = guest.vm.start("caller 4 1009")
+    for _ in range(3):
+        timer = threading.Timer(0.05, interrupt)
+        timer.start()
+        stops.append(guest.session.run(timeout_s=10))
+        timer.join()
+    guest.session.run(command=command, timeout_s=30)
+    assert command.wait(5).output.startswith("1009 ")
+    assert probe.hits == back.hits == 1209

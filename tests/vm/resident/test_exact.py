@@ -1,0 +1,165 @@
+"""Nothing lost, nothing twice: resident probes against workloads whose calls are known."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kgdbx.probes.definition import parse_definition
+from kgdbx.probes.event import Event
+from kgdbx.session import Session
+
+GuestOf = Callable[..., Any]
+CALL = "__x64_sys_getpgid"
+NESTED = "ep_loop_check_proc"
+
+
+def events_of(guest: Any, comm: str) -> list[Event]:
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        if event.task.comm.startswith(comm):
+            events.append(event)
+
+    guest.session.event_listeners.append(listen)
+    return events
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_each_call_once_on_four_cpus(guest_of: GuestOf, kernel: str) -> None:
+    guest = guest_of(kernel, smp=4)
+    before = guest.text()
+    events = events_of(guest, "caller-")
+    entry, back, again = guest.session.define_many(
+        map(
+            parse_definition,
+            (f"p:in {CALL} pid=regs->di", f"r:out {CALL} $retval", f"r:out2 {CALL}"),
+        )
+    )
+    assert {p.tier for p in (entry, back, again)} == {"resident"}
+    guest.run("caller 4 10007")
+    assert Counter(e.probe for e in events) == {
+        "kprobes/in": 10007,
+        "kprobes/out": 10007,
+        "kprobes/out2": 10007,
+    }
+    stamps = [e.ts_ns for e in events]
+    assert stamps == sorted(stamps)
+    by_task: dict[int, list[Event]] = {}
+    for event in events:
+        by_task.setdefault(event.task.pid, []).append(event)
+    assert len(by_task) == 4
+    for own in by_task.values():
+        # Of two return probes the one that came last is nearer to the function.
+        assert [e.probe for e in own] == ["kprobes/in", "kprobes/out2", "kprobes/out"] * (
+            len(own) // 3
+        )
+        for n in range(0, len(own), 3):
+            assert own[n].ts_ns <= own[n + 1].ts_ns
+            assert own[n + 1].return_where == own[n + 2].return_where
+            assert (own[n + 1].duration_ns or 0) <= (own[n + 2].duration_ns or 0)
+    assert (guest.session.resident.engine.lost(), back.nmissed, again.nmissed) == (0, 0, 0)
+    for probe in (entry, back, again):
+        probe.unregister()
+    assert guest.text() == before
+
+
+def test_recursion(guest: Any) -> None:
+    events = events_of(guest, "nester")
+    (back,) = guest.session.define(f"r20:out {NESTED} $retval")
+    (entry,) = guest.session.define(f"p:in {NESTED}")
+    assert guest.run("nester 4 25") == "100\n"
+    calls = 4 * 5 // 2 * 25
+    assert Counter(e.probe for e in events) == {"kprobes/in": calls, "kprobes/out": calls}
+    assert (entry.hits, back.hits, back.nmissed) == (calls, calls, 0)
+    depth = deepest = 0
+    for event in events:
+        depth += 1 if event.kind == "p" else -1
+        deepest = max(deepest, depth)
+        assert depth >= 0
+        if event.kind == "r":
+            # never an address of ours: the inner calls return to the function itself
+            assert event.return_where.startswith("ep_" if depth else ("ep_", "do_epoll"))
+    assert (depth, deepest) == (0, 4)
+
+
+def test_one_slot(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    events = events_of(guest, "")
+    (nested,) = guest.session.define(f"r1:nested {NESTED}")
+    (slept,) = guest.session.define("r1:slept __x64_sys_clock_nanosleep $retval")
+    (entry,) = guest.session.define("p:entered __x64_sys_clock_nanosleep")
+    guest.run("nester 3 25; caller 8 401 500")
+    assert (nested.hits, nested.nmissed) == (75, 75)
+    assert slept.nmissed > 0
+    assert slept.hits + slept.nmissed == entry.hits >= 401
+    assert sum(e.probe == "kprobes/slept" for e in events) == slept.hits
+
+
+def test_unregistered_while_tasks_sleep_inside(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    before = guest.text()
+    events = events_of(guest, "caller-")
+    command = guest.vm.start("caller 8 64 200000")
+    kept, gone, last = (
+        guest.session.define(f"r20:{name} do_nanosleep $retval")[0]
+        for name in ("kept", "gone", "last")
+    )
+    guest.session.run(timeout_s=0.3)
+    (again,) = guest.session.define("r20:again do_nanosleep $retval")
+    guest.session.run(timeout_s=0.3)
+    gone.unregister()  # the middle one of what the sleepers return through
+    guest.session.run(timeout_s=0.3)
+    last.unregister()
+    again.unregister()
+    guest.session.run(command=command, timeout_s=30)
+    done = command.wait(5)
+    assert done.output.startswith("64 ")
+    assert sum(e.probe == "kprobes/kept" for e in events) >= 48
+    assert {e.fields["$retval"] for e in events} == {0}
+    kept.unregister()
+    guest.session.resident.close()
+    assert guest.text() == before
+    guest.run("caller 4 1009")
+
+
+def test_slots_of_the_dead_are_used_again(guest_of: GuestOf) -> None:
+    guest = guest_of()
+    (dead,) = guest.session.define("r4:dead do_exit")
+    (entry,) = guest.session.define("p:dying do_exit")
+    for _ in range(3):
+        guest.run("for n in 1 2 3 4 5 6 7 8; do true & done; wait; sleep 1.3")
+    assert dead.hits == 0
+    assert dead.nmissed + 12 <= entry.hits  # without reuse only 4 would not be missed
+    dead.unregister()
+    guest.run("true")
+
+
+def test_a_task_that_is_killed_inside(guest_of: GuestOf) -> None:
+    guest = guest_of()
+    events = events_of(guest, "caller-")
+    (probe,) = guest.session.define("r2:slept do_nanosleep $retval")
+    guest.run("caller 1 1 100000000 & sleep 0.2; kill -9 $!; wait $!; true", status=0)
+    guest.run("caller 1 7 1000")
+    assert [e.fields["$retval"] for e in events][-7:] == [0] * 7
+    assert probe.nmissed == 0
+
+
+def test_full_rings(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    guest.session.close()
+    with Session.attach_vm(guest.vm.info) as session:
+        engine = session.resident.engine
+        engine._ring_bytes = 8192
+        events: list[Event] = []
+        session.event_listeners.append(events.append)
+        (probe,) = session.define(f"p:in {CALL}")
+        (back,) = session.define(f"r:out {CALL} a=$comm b=$comm c=$comm d=$comm")
+        command = guest.vm.start("caller 4 40009")
+        session.run(command=command, timeout_s=50)
+        lost = engine.lost()
+        assert lost > 0
+        assert probe.hits == back.hits == 40009
+        assert lost + len(events) == 2 * 40009
+        assert [e.ts_ns for e in events] == sorted(e.ts_ns for e in events)

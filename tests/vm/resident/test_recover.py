@@ -1,0 +1,156 @@
+"""A kgdbx that is killed, whatever it was doing: the guest lives, and is put right."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kgdbx.machine.vm import Vm
+from kgdbx.session import Session
+
+KILLS = 6
+VICTIM = """
+import random, sys
+from kgdbx.probes.definition import parse_definition
+from kgdbx.session import Session
+
+DEFINITIONS = (
+    "p:o do_sys_openat2 dfd filename:ustring",
+    "r20:n do_nanosleep $retval",
+    "r20:m do_nanosleep",
+    "r:v vfs_read $retval",
+    "p:g __x64_sys_getpgid regs->di",
+    "r:h __x64_sys_getpgid $retval",
+)
+random.seed(int(sys.argv[2]))
+session = Session.connect(sys.argv[1])
+print("up", flush=True)
+while True:
+    probes = session.define_many(map(parse_definition, DEFINITIONS[:4]), tier="resident")
+    probes += [session.define(text, tier="resident")[0] for text in DEFINITIONS[4:]]
+    session.run(timeout_s=0.05)
+    for probe in reversed(probes):
+        probe.unregister()
+    if random.random() < 0.3:
+        session.resident.close()
+"""
+HELD = """
+import sys
+from kgdbx.session import Session
+
+session = Session.connect(sys.argv[1])
+session.define("r20:n do_nanosleep $retval", tier="resident")
+session.run(timeout_s=0.5)
+print("up", flush=True)
+session.run()
+"""
+
+
+def victim(script: str, vm: Vm, *arguments: object) -> subprocess.Popen[bytes]:
+    """Start a script and wait until it says that it is up."""
+    argv = [sys.executable, "-c", script, vm.name, *map(str, arguments)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    return process
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def text_of(session: Session) -> bytes:
+    start = session.kernel.address("_text")
+    return session.kernel.memory.read(start, session.kernel.address("_etext") - start)
+
+
+def assert_no_oops(vm: Vm) -> None:
+    console = vm.info.console.read_text(errors="replace")
+    assert not [word for word in ("RIP:", "BUG:", "Oops", "stuck for") if word in console], console
+
+
+def test_killed_at_random_moments(clone_of: Callable[..., Vm]) -> None:
+    vm = clone_of("6.1", 4)
+    with Session.attach_vm(vm.info) as session:
+        assert session.recovery is None
+        before = text_of(session)
+    command = vm.start("caller 2 100000000 & caller 8 10000 100000")
+    moments = random.Random(5)
+    recovered = 0
+    for number in range(KILLS):
+        process = victim(VICTIM, vm, number)
+        time.sleep(moments.uniform(0.2, 1.8))
+        kill(process)
+        with Session.attach_vm(vm.info) as session:
+            recovered += session.recovery is not None
+            assert session.recovery is None or not session.recovery.conflicts
+            assert text_of(session) == before
+            assert not vm.info.journal.exists()
+            session.run(timeout_s=0.1)
+    assert recovered > 0
+    assert vm.execute("caller 4 1009").output.startswith("1009 ")
+    assert_no_oops(vm)
+    command.discard()
+
+
+def test_command(clone_of: Callable[..., Vm]) -> None:
+    vm = clone_of("6.1", 2)
+    sleepers = vm.start("caller 8 32 400000")
+    kill(victim(HELD, vm))
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-m", "kgdbx", "recover", vm.name],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        for _ in range(2)
+    )
+    assert first.stdout.startswith("an earlier kgdbx was killed: put back 1 places of code and 8 ")
+    assert (second.stdout, first.stderr + second.stderr) == ("there is nothing to undo\n", "")
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert sleepers.wait(30).output.startswith("32 ")
+    assert_no_oops(vm)
+
+
+def test_journal_of_another_boot(clone_of: Callable[..., Vm]) -> None:
+    vm = clone_of("6.1", 2)
+    kill(victim(HELD, vm))
+    journal: Path = vm.info.journal
+    lines = journal.read_text().splitlines()
+    first: dict[str, Any] = json.loads(lines[0])
+    with Session.attach_vm(vm.info) as session:
+        assert session.recovery is not None and session.recovery.patches == 1
+        before = text_of(session)
+    first["slide"] += 0x1000000
+    journal.write_text("\n".join((json.dumps(first), *lines[1:], "")))
+    with Session.attach_vm(vm.info) as session:
+        assert session.recovery is not None
+        assert (session.recovery.patches, session.recovery.freed_bytes) == (0, 0)
+        assert text_of(session) == before
+    assert not journal.exists()
+
+
+def test_what_does_not_agree_stays(clone_of: Callable[..., Vm]) -> None:
+    vm = clone_of("6.1", 2)
+    kill(victim(HELD, vm))
+    journal: Path = vm.info.journal
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    patch = next(line for line in lines if "patch" in line)
+    with Session.attach_vm(vm.info) as session:
+        before = text_of(session)
+    # As if someone else had patched the same place since.
+    patch["from"], patch["to"] = "9090909090", "cccccccccc"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in (lines[0], patch)))
+    with Session.attach_vm(vm.info) as session:
+        assert session.recovery is not None
+        (conflict,) = session.recovery.conflicts
+        assert conflict.startswith("do_nanosleep+0x") and "left as it is" in conflict
+        assert text_of(session) == before
