@@ -1,5 +1,6 @@
 """Events of resident probes in gdb, where the user's own ``continue`` lets the kernel run."""
 
+import contextlib
 import threading
 import traceback
 
@@ -36,6 +37,9 @@ class Poller:
                 self._ended.set()
             else:
                 self._session.poll()
+        except KeyboardInterrupt:  # gdb would drop it
+            with contextlib.suppress(gdb.error):  # the kernel stands already
+                gdb.execute("interrupt", to_string=True)
         except Exception:  # nobody is there to catch it, and gdb would say next to nothing
             traceback.print_exc()
             self._ended.set()

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kgdbx.errors import ProbeError
 from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.event import Event
+from kgdbx.resident.codegen import NotResident
 from kgdbx.resident.doorbell import Doorbell
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.journal import Journal
@@ -54,7 +54,7 @@ class ResidentTier:
     def probe(self, definition: ProbeDefinition, *, inlined_copies: bool = True) -> ResidentProbe:
         """A probe to be registered; whether it can run in the guest shows then.
 
-        :raises ProbeError: if this kernel cannot have any
+        :raises NotResident: if this kernel cannot have any now
         """
         self.check()
         return ResidentProbe(definition, self.engine, self.reader, inlined_copies=inlined_copies)
@@ -62,10 +62,10 @@ class ResidentTier:
     def check(self) -> None:
         """Whether this kernel can have probes of its own now.
 
-        :raises ProbeError: if not
+        :raises NotResident: if not
         """
         if not self._kernel.memory.booted:
-            raise ProbeError("the kernel has not booted")
+            raise NotResident("the kernel has not booted")
 
     def recover(self) -> Recovery | None:
         """Put back what a session that was killed left in the guest; None if there is nothing.

@@ -41,7 +41,7 @@ def open_session(args: argparse.Namespace) -> Session:
 
     :raises CommandError: unless they name one, or ``--exec`` is given without a VM
     """
-    if args.exec and not args.vm:
+    if getattr(args, "exec", None) and not args.vm:
         raise CommandError("--exec needs a VM of ours: --vm NAME")
     if bool(args.vm) == bool(args.connect):
         raise CommandError("name a kernel: --vm NAME, or --connect ADDRESS --vmlinux FILE")
