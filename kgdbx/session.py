@@ -25,8 +25,8 @@ from kgdbx.probes.manager import ProbeManager
 from kgdbx.probes.probe import Hit, Probe
 from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import read_script
-from kgdbx.resident.codegen import NotResident
-from kgdbx.resident.displacement import CannotDisplace
+from kgdbx.resident.compile.codegen import NotResident
+from kgdbx.resident.place.displacement import CannotDisplace
 from kgdbx.resident.recover import Recovery
 from kgdbx.resident.tier import ResidentTier
 from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe

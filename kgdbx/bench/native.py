@@ -9,10 +9,10 @@ from pathlib import Path
 
 from kgdbx.bench.figure import Figure, figure
 from kgdbx.errors import MachineError
-from kgdbx.resident.codegen import Body
-from kgdbx.resident.link import compile_unit
+from kgdbx.resident.compile.codegen import Body
+from kgdbx.resident.compile.link import compile_unit
+from kgdbx.resident.compile.unit import KernelFacts, StubCall, Unit
 from kgdbx.resident.ring import Stream
-from kgdbx.resident.unit import KernelFacts, StubCall, Unit
 
 __all__ = ("entry_cost",)
 

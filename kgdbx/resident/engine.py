@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from kgdbx.errors import MemoryFault, ProbeError
 from kgdbx.resident.bells import Bells, make_bells
 from kgdbx.resident.clock import IDENTITY, SAMPLE_SOURCE, Clock, clock_from_sample
-from kgdbx.resident.codegen import Body
-from kgdbx.resident.decision import ORIGINAL, Decision, UserCode
-from kgdbx.resident.displace import Displacement, displace, tasks_inside
+from kgdbx.resident.compile.codegen import Body
+from kgdbx.resident.compile.decision import ORIGINAL, Decision, UserCode
+from kgdbx.resident.compile.link import Linked, compile_unit
+from kgdbx.resident.compile.unit import RETURN_STUB_BYTES, KernelFacts, StubCall, Unit
 from kgdbx.resident.guest_call import Call, GuestCaller, Script
 from kgdbx.resident.heap import Heap, Places
 from kgdbx.resident.host import HostView
 from kgdbx.resident.journal import Journal, Patch
-from kgdbx.resident.link import Linked, compile_unit
 from kgdbx.resident.memory import GuestMemory, Window
+from kgdbx.resident.place.displace import Displacement, displace, tasks_inside
 from kgdbx.resident.returns import (
     RET_ADDR_AT,
     SLOT_BYTES,
@@ -28,7 +29,6 @@ from kgdbx.resident.returns import (
     true_return,
 )
 from kgdbx.resident.ring import RING_BYTES, Batch, Stream, make_stream, slot_size
-from kgdbx.resident.unit import RETURN_STUB_BYTES, KernelFacts, StubCall, Unit
 from kgdbx.symbols.blacklist import Blacklist
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.memory import KernelMemory

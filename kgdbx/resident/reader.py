@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kgdbx.probes.event import Event
 from kgdbx.resident.clock import Clock
-from kgdbx.resident.codegen import Body, decode_fields
+from kgdbx.resident.compile.codegen import Body, decode_fields
 from kgdbx.resident.layout import ProbeLayout
 from kgdbx.resident.record import HEADER
 from kgdbx.resident.ring import Batch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.event import Event
-from kgdbx.resident.codegen import NotResident
+from kgdbx.resident.compile.codegen import NotResident
 from kgdbx.resident.doorbell import Doorbell
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.journal import Journal

@@ -10,12 +10,17 @@ import drgn
 from kgdbx.errors import DefinitionError, ProbeError
 from kgdbx.probes.definition import ProbeDefinition, parse_definition
 from kgdbx.probes.probe import Point
-from kgdbx.resident.codegen import generate
-from kgdbx.resident.decision import HANDLER, Decision, UserCode, jump_to, return_at_once
+from kgdbx.resident.compile.codegen import generate
+from kgdbx.resident.compile.decision import HANDLER, Decision, UserCode, jump_to, return_at_once
+from kgdbx.resident.compile.user_code import (
+    check_symbols,
+    compile_handler,
+    entry_of,
+    kernel_symbols,
+)
 from kgdbx.resident.engine import Engine, Program
 from kgdbx.resident.probe import ResidentProbe
 from kgdbx.resident.reader import EventReader
-from kgdbx.resident.user_code import check_symbols, compile_handler, entry_of, kernel_symbols
 from kgdbx.symbols.kernel import Function, Kernel
 
 __all__ = ("CHandler", "Nullify", "Replace", "VerdictProbe", "parse_retval")

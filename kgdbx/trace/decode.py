@@ -7,7 +7,7 @@ from typing import TypeAlias
 from kgdbx.probes.event import Event
 from kgdbx.probes.fetch import FieldValue, Hex, Unreadable, decode_text
 from kgdbx.resident.clock import Clock
-from kgdbx.resident.code import FAILURES
+from kgdbx.resident.compile.code import FAILURES
 from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.binary import RECORD_HEADER

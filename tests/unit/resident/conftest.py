@@ -16,7 +16,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 
-import kgdbx.resident
+import kgdbx.resident.compile
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import KgdbxError, MemoryFault
 from kgdbx.probes.arguments import argument_suppliers, return_value_supplier
@@ -24,8 +24,8 @@ from kgdbx.probes.definition import expand_fields, parse_definition
 from kgdbx.probes.fetch import FieldValue, compile_condition, compile_fields
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import HitScope
-from kgdbx.resident.codegen import Body, decode_fields, generate
-from kgdbx.resident.link import CFLAGS
+from kgdbx.resident.compile.codegen import Body, decode_fields, generate
+from kgdbx.resident.compile.link import CFLAGS
 from kgdbx.symbols.elf import Symbol
 from kgdbx.symbols.kernel import Function
 from kgdbx.symbols.tasks import Task
@@ -215,7 +215,7 @@ void do_saves_{number}(const struct context *c, u64 *to) {{ {saves} }}
 
 
 def unit(bodies: Sequence[Body]) -> str:
-    prelude = Path(kgdbx.resident.__file__).with_name("prelude.h").read_text()
+    prelude = Path(kgdbx.resident.compile.__file__).with_name("prelude.h").read_text()
     capitals = set(re.findall(r"\b[A-Z][A-Z_]+\b", re.sub(r"/\*.*?\*/", "", prelude, flags=re.S)))
     constants = capitals - set(re.findall(r"#define (\w+)", prelude))
     facts = "".join(f"#define {name} 64UL\n" for name in sorted(constants))

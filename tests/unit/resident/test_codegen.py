@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kgdbx.probes.definition import parse_definition
 from kgdbx.probes.fetch import Unreadable
-from kgdbx.resident.codegen import NotResident, generate
+from kgdbx.resident.compile.codegen import NotResident, generate
 from kgdbx.symbols.elf import Symbol
 
 pytestmark = [

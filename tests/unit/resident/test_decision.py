@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from kgdbx.errors import ProbeError
-from kgdbx.resident.decision import HANDLER, Decision, jump_to, return_at_once
-from kgdbx.resident.link import CompileError, LinkError, Object, compile_unit
-from kgdbx.resident.unit import KernelFacts, StubCall, Unit
-from kgdbx.resident.user_code import compile_handler, entry_of
+from kgdbx.resident.compile.decision import HANDLER, Decision, jump_to, return_at_once
+from kgdbx.resident.compile.link import CompileError, LinkError, Object, compile_unit
+from kgdbx.resident.compile.unit import KernelFacts, StubCall, Unit
+from kgdbx.resident.compile.user_code import compile_handler, entry_of
 from kgdbx.resident.verdict import parse_retval
 
 NAMES = ("CURRENT", "CPU_NUMBER", "PREEMPT_COUNT", "TASK_PID", "TASK_COMM", "GUARD", "WINDOW")

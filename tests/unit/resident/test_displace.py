@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from iced_x86 import Decoder, Instruction
 
 from kgdbx.arch.instruction import branch_target, decode
-from kgdbx.resident.displace import CannotDisplace, Displacement
+from kgdbx.resident.place.displace import CannotDisplace, Displacement
 
 MAP_32BIT = 0x40
 AREA_BYTES = 1 << 16

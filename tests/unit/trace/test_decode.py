@@ -6,7 +6,7 @@ import pytest
 
 from kgdbx.probes.fetch import FieldValue, Hex, Unreadable
 from kgdbx.resident.clock import Clock
-from kgdbx.resident.code import DIVISION_BY_ZERO
+from kgdbx.resident.compile.code import DIVISION_BY_ZERO
 from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.decode import RecordDecoder, decode_field

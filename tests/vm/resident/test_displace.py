@@ -14,7 +14,7 @@ import pytest
 from kgdbx.arch.instruction import boundaries
 from kgdbx.errors import ProbeError
 from kgdbx.machine.vm import Vm
-from kgdbx.resident.displace import (
+from kgdbx.resident.place.displace import (
     JUMP_BYTES,
     CannotDisplace,
     Displacement,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kgdbx.resident.displace import busy_addresses, tasks_inside
-from kgdbx.resident.task_walk import TaskWalk
+from kgdbx.resident.place.displace import busy_addresses, tasks_inside
+from kgdbx.resident.place.task_walk import TaskWalk
 from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
 

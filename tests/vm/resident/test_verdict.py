@@ -13,7 +13,7 @@ import pytest
 from kgdbx.errors import DefinitionError, ProbeError, SymbolError
 from kgdbx.probes.event import Event
 from kgdbx.probes.probe import State
-from kgdbx.resident.link import CompileError, LinkError
+from kgdbx.resident.compile.link import CompileError, LinkError
 from kgdbx.session import Session
 
 GuestOf = Callable[..., Any]

@@ -10,8 +10,8 @@ from kgdbx.errors import SymbolError
 from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
-from kgdbx.resident.code import Code
-from kgdbx.resident.values import (
+from kgdbx.resident.compile.code import Code
+from kgdbx.resident.compile.values import (
     AGGREGATES,
     MODEL_ADDRESS,
     NotResident,

@@ -17,15 +17,15 @@ from kgdbx.arch.instruction import (
     format_instruction,
 )
 from kgdbx.errors import ProbeError
-from kgdbx.resident.displacement import (
+from kgdbx.resident.place.displacement import (
     FLOW_ENDS,
     FTRACE_NOP,
     JUMP_BYTES,
     CannotDisplace,
     Displacement,
 )
-from kgdbx.resident.flow import check_flow, is_kernel_code, live_code
-from kgdbx.resident.occupants import Occupant, busy_addresses, tasks_inside
+from kgdbx.resident.place.flow import check_flow, is_kernel_code, live_code
+from kgdbx.resident.place.occupants import Occupant, busy_addresses, tasks_inside
 from kgdbx.symbols.blacklist import Blacklist
 from kgdbx.symbols.kernel import Function, Kernel
 

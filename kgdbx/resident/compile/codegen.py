@@ -12,13 +12,13 @@ from kgdbx.probes.expression import Expr, format_expression
 from kgdbx.probes.fetch import FieldValue, Unreadable
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
-from kgdbx.resident.code import FAILURES, Code
-from kgdbx.resident.fields import Recorded, record_field
+from kgdbx.resident.compile.code import FAILURES, Code
+from kgdbx.resident.compile.fields import Recorded, record_field
+from kgdbx.resident.compile.lower import Lowering
+from kgdbx.resident.compile.names import Names
+from kgdbx.resident.compile.values import NotResident
 from kgdbx.resident.layout import FieldLayout
-from kgdbx.resident.lower import Lowering
-from kgdbx.resident.names import Names
 from kgdbx.resident.record import ENTRY_FIELDS_AT, RETURN_FIELDS_AT
-from kgdbx.resident.values import NotResident
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Body", "MAX_RECORD_BYTES", "NotResident", "RecordField", "decode_fields", "generate")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kgdbx.resident.link import Object
+from kgdbx.resident.compile.link import Object
 
 __all__ = ("Decision", "HANDLER", "ORIGINAL", "UserCode", "jump_to", "return_at_once")
 
@@ -91,7 +91,7 @@ class Decision:
 
     :ivar action: statements of a function of ``struct regs *regs`` that returns whether the call
         goes on as the registers say then; ``{user}`` is the user's function
-    :ivar condition: as :attr:`kgdbx.resident.codegen.Body.condition`
+    :ivar condition: as :attr:`kgdbx.resident.compile.codegen.Body.condition`
     :ivar calls_kernel: whether functions of the kernel are called, or the user's
     :ivar callers: guest-virtual ``(start, size_bytes)`` of where calls must come from; all count
         if it is empty

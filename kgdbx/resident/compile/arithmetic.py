@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import drgn
 
-from kgdbx.resident.code import DIVISION_BY_ZERO, NEGATIVE_SHIFT, Code
-from kgdbx.resident.values import (
+from kgdbx.resident.compile.code import DIVISION_BY_ZERO, NEGATIVE_SHIFT, Code
+from kgdbx.resident.compile.values import (
     NotResident,
     Scalar,
     Value,

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.errors import ProbeError
-from kgdbx.resident.decision import ORIGINAL, UserCode
-from kgdbx.resident.link import LinkError, Object, compile_file
+from kgdbx.resident.compile.decision import ORIGINAL, UserCode
+from kgdbx.resident.compile.link import LinkError, Object, compile_file
 from kgdbx.symbols.elf import near_names
 from kgdbx.symbols.kernel import Function, Kernel
 
@@ -59,7 +59,7 @@ def entry_of(compiled: Object, path: Path, function: str) -> str:
 def kernel_symbols(kernel: Kernel, function: Function) -> Callable[[str], int | None]:
     """Function that resolves the kernel's symbols, and those of the probed function's module.
 
-    It raises :class:`~kgdbx.resident.link.LinkError` for a name that is not one thing.
+    It raises :class:`~kgdbx.resident.compile.link.LinkError` for a name that is not one thing.
     """
 
     def resolve(name: str) -> int | None:

@@ -9,7 +9,7 @@ from iced_x86 import Code, Decoder, FlowControl, Instruction
 
 from kgdbx.arch.instruction import branch_target
 from kgdbx.errors import MemoryFault, SymbolError
-from kgdbx.resident.displacement import FLOW_ENDS, CannotDisplace, Displacement
+from kgdbx.resident.place.displacement import FLOW_ENDS, CannotDisplace, Displacement
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.text_tables import TextTables
 

@@ -31,7 +31,7 @@ from kgdbx.probes.expression import (
     format_expression,
     is_text,
 )
-from kgdbx.resident.arithmetic import (
+from kgdbx.resident.compile.arithmetic import (
     ARITHMETIC,
     COMPARISONS,
     arithmetic,
@@ -40,10 +40,10 @@ from kgdbx.resident.arithmetic import (
     refuse_choice,
     unify,
 )
-from kgdbx.resident.code import Code
-from kgdbx.resident.names import Names
-from kgdbx.resident.text import matches, not_empty, same_text
-from kgdbx.resident.values import (
+from kgdbx.resident.compile.code import Code
+from kgdbx.resident.compile.names import Names
+from kgdbx.resident.compile.text import matches, not_empty, same_text
+from kgdbx.resident.compile.values import (
     MODEL_ADDRESS,
     NotResident,
     Place,
@@ -69,8 +69,8 @@ _ADDRESSES = (drgn.TypeKind.ARRAY, drgn.TypeKind.FUNCTION)
 class Lowering:
     """Expressions at one point as C; their statements go to *code*.
 
-    All of it raises :class:`~kgdbx.resident.values.NotResident`, and what drgn raises for an
-    operation that C does not have.
+    All of it raises :class:`~kgdbx.resident.compile.values.NotResident`, and what drgn raises for
+    an operation that C does not have.
     """
 
     def __init__(self, names: Names, code: Code) -> None:

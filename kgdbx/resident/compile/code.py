@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from kgdbx.resident.values import Place, Scalar, Value
+from kgdbx.resident.compile.values import Place, Scalar, Value
 
 __all__ = ("Code", "DIVISION_BY_ZERO", "FAILURES", "NEGATIVE_SHIFT", "peek")
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import SymbolError
-from kgdbx.resident.task_walk import TaskWalk
+from kgdbx.resident.place.task_walk import TaskWalk
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Occupant", "busy_addresses", "tasks_inside")

@@ -8,11 +8,11 @@ import drgn
 
 from kgdbx.probes.expression import AtSymbol, Dereference, Expr, Special, String, Ternary
 from kgdbx.probes.fetch import MAX_STRING_BYTES
-from kgdbx.resident.code import peek
-from kgdbx.resident.values import NotResident, Place, bare
+from kgdbx.resident.compile.code import peek
+from kgdbx.resident.compile.values import NotResident, Place, bare
 
 if TYPE_CHECKING:
-    from kgdbx.resident.lower import Lowering
+    from kgdbx.resident.compile.lower import Lowering
 
 __all__ = ("is_char_array", "matches", "not_empty", "same_text", "string_place")
 

@@ -25,11 +25,19 @@ from kgdbx.probes.fetch import (
     plain_value,
 )
 from kgdbx.probes.scope import KernelScope
+from kgdbx.resident.compile.lower import Lowering
+from kgdbx.resident.compile.text import is_char_array, string_place
+from kgdbx.resident.compile.values import (
+    AGGREGATES,
+    NotResident,
+    Place,
+    Scalar,
+    Value,
+    bare,
+    scalar_of,
+)
 from kgdbx.resident.layout import FieldLayout
-from kgdbx.resident.lower import Lowering
 from kgdbx.resident.record import HEADER
-from kgdbx.resident.text import is_char_array, string_place
-from kgdbx.resident.values import AGGREGATES, NotResident, Place, Scalar, Value, bare, scalar_of
 
 __all__ = ("Recorded", "record_field")
 

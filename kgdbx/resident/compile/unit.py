@@ -7,8 +7,8 @@ from importlib import resources
 import drgn
 
 from kgdbx.errors import SymbolError
-from kgdbx.resident.codegen import Body
-from kgdbx.resident.decision import Decision
+from kgdbx.resident.compile.codegen import Body
+from kgdbx.resident.compile.decision import Decision
 from kgdbx.resident.ring import Stream
 from kgdbx.symbols.kernel import Kernel
 
@@ -323,7 +323,7 @@ class Unit:
     @property
     def text(self) -> str:
         """The whole unit."""
-        prelude = resources.files("kgdbx.resident").joinpath("prelude.h").read_text("utf-8")
+        prelude = resources.files("kgdbx.resident.compile").joinpath("prelude.h").read_text("utf-8")
         return "\n".join((self.facts.defines, prelude, *self._parts))
 
     def _assemble(self, lines: list[str]) -> None:

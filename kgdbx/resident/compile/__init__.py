@@ -1,0 +1,1 @@
+"""From probe definitions and C files to machine code for the guest."""
