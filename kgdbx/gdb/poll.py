@@ -14,27 +14,43 @@ _POLL_S = 0.1
 
 
 class Poller:
-    """Has a session hand out its events again and again, in gdb's own thread.
+    """Has a session hand out its events in gdb's own thread: again and again while the kernel
+    runs, and when it stops. It ends with the session.
 
-    It ends with the session, and with gdb.
+    gdb crashes if it exits with an event that was posted and not taken. So nothing is posted
+    but while there are resident probes and the kernel runs: to take those probes out, the kernel
+    runs once more, and gdb takes the event.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._runs = threading.Event()
         self._taken = threading.Event()
-        self._ended = threading.Event()
+        gdb.events.cont.connect(self._on_cont)
+        gdb.events.stop.connect(self._on_stop)
         threading.Thread(target=self._tick, name="kgdbx-poll", daemon=True).start()
 
+    def _on_cont(self, event: object) -> None:
+        self._runs.set()
+
+    def _on_stop(self, event: object) -> None:
+        self._runs.clear()
+        self._take()
+
     def _tick(self) -> None:
-        while not self._ended.wait(_POLL_S):
-            self._taken.clear()
-            gdb.post_event(self._take)  # also while the kernel runs
-            self._taken.wait()
+        pause = threading.Event()
+        while not self._session.closed:
+            self._runs.wait()
+            pause.wait(_POLL_S)
+            if self._runs.is_set() and self._session.resident.engine.is_open:
+                self._taken.clear()
+                gdb.post_event(self._take)
+                self._taken.wait()
 
     def _take(self) -> None:
         try:
             if self._session.closed:
-                self._ended.set()
+                self._end()
             else:
                 self._session.poll()
         except KeyboardInterrupt:  # gdb would drop it
@@ -42,6 +58,11 @@ class Poller:
                 gdb.execute("interrupt", to_string=True)
         except Exception:  # nobody is there to catch it, and gdb would say next to nothing
             traceback.print_exc()
-            self._ended.set()
+            self._end()
         finally:
             self._taken.set()
+
+    def _end(self) -> None:
+        with contextlib.suppress(ValueError):  # the second time
+            gdb.events.cont.disconnect(self._on_cont)
+            gdb.events.stop.disconnect(self._on_stop)

@@ -245,6 +245,9 @@ class ProbeManager:
             site = None if next_site is site else next_site
 
     def _run_site(self, site: Site, hit: Hit) -> None:
+        if site.left_standing.pop(hit.cpu, None) == hit.regs.rsp:
+            site.execute_displaced(hit, None)
+            return
         site.hits += 1
         if site.hits == _BUSY_HITS and site.can_ring:
             self._busy.append(site)
@@ -262,6 +265,11 @@ class ProbeManager:
             for attachment in attachments:
                 if attachment.probe.active:
                     attachment.after(hit)
+        if hit.stop_requested and self.kernel.function_at(hit.regs.rip) is None:
+            # It went into code of ours, which would tell the user nothing: the kernel stands
+            # where it was hit, and that is no second hit when it goes on.
+            hit.regs.rip = site.address
+            site.left_standing[hit.cpu] = hit.regs.rsp
 
     def _run_returns(self, site: Site, hit: Hit) -> None:
         for instance in self.returns.returning(hit.task.address, hit.regs.rsp):

@@ -77,6 +77,7 @@ class Site:
         self.watches_returns = False
         self.inserted = False
         self.hits = 0
+        self.left_standing: dict[int, int] = {}  # stack pointer by vCPU, after a hit that stops
         self.unpromoted = ""  # why there is no doorbell
         self.resume: int | None = None  # where the code goes on behind a doorbell
         self.boosted = 0

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
 from kgdbx.resident.bells import BELL_WATCH_BYTES, Bell
-from kgdbx.resident.engine import Engine, Program
+from kgdbx.resident.engine import Engine
+from kgdbx.resident.program import Program
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
 

@@ -9,7 +9,8 @@ from kgdbx.probes.kretprobe import default_maxactive
 from kgdbx.probes.probe import Point, Probe
 from kgdbx.probes.site import Attachment
 from kgdbx.resident.compile.codegen import generate
-from kgdbx.resident.engine import Engine, Program
+from kgdbx.resident.engine import Engine
+from kgdbx.resident.program import Program
 from kgdbx.resident.reader import EventReader, Recorded
 from kgdbx.symbols.kernel import Kernel
 

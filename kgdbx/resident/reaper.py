@@ -5,7 +5,8 @@ import time
 import drgn
 
 from kgdbx.errors import MemoryFault
-from kgdbx.resident.engine import Engine, Program
+from kgdbx.resident.engine import Engine
+from kgdbx.resident.program import Program
 from kgdbx.resident.returns import PendingReturn
 from kgdbx.symbols.kernel import Kernel
 

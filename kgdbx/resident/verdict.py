@@ -18,8 +18,9 @@ from kgdbx.resident.compile.user_code import (
     entry_of,
     kernel_symbols,
 )
-from kgdbx.resident.engine import Engine, Program
+from kgdbx.resident.engine import Engine
 from kgdbx.resident.probe import ResidentProbe
+from kgdbx.resident.program import Program
 from kgdbx.resident.reader import EventReader
 from kgdbx.symbols.kernel import Function, Kernel
 

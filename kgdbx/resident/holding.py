@@ -1,0 +1,186 @@
+"""What we hold of the guest: memory, the window to it, and what was put there."""
+
+import struct
+import time
+from collections.abc import Callable, Sequence
+
+from kgdbx.errors import ProbeError
+from kgdbx.resident.bells import Bells, make_bells
+from kgdbx.resident.clock import Clock, clock_from_sample
+from kgdbx.resident.compile.unit import KernelFacts
+from kgdbx.resident.guest_call import Call, GuestCaller, Script
+from kgdbx.resident.heap import Heap
+from kgdbx.resident.host import HostView
+from kgdbx.resident.journal import Journal
+from kgdbx.resident.memory import GuestMemory, Window
+from kgdbx.resident.program import Program, user_code
+from kgdbx.resident.returns import SLOT_BYTES
+from kgdbx.resident.ring import Stream, make_stream, slot_size
+from kgdbx.symbols.kernel import Kernel
+
+__all__ = ("Holding", "take_hold")
+
+_COUNTERS_BYTES = 32  # struct counters
+_COUNTERS_CHUNK_BYTES = 2048
+_RING_CONTROL_BYTES = 32  # struct ring
+_PER_CPU_S = 5.0
+
+
+class Holding:
+    """Memory of the guest's, from the first probe to the last.
+
+    :ivar per_cpu_offsets: ``__per_cpu_offset`` of each CPU
+    :ivar streams: rings by the size of their slots
+    :ivar symbols: addresses of our own code and data
+    :ivar handlers: numbers of the handlers that are there already
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        host: HostView,
+        memory: GuestMemory,
+        window: Window,
+        journal: Journal,
+        facts: KernelFacts,
+        per_cpu_offsets: list[int],
+    ) -> None:
+        self._kernel = kernel
+        self._host = host
+        self.memory = memory
+        self.window = window
+        self.journal = journal
+        self.facts = facts
+        self.per_cpu_offsets = per_cpu_offsets
+        self.code = Heap(memory, window)
+        self.data = Heap(memory, window)
+        self.streams: dict[int, Stream] = {}
+        self.bells: Bells | None = None
+        self.clock: Clock | None = None
+        self.symbols: dict[str, int] = {}
+        self.handlers: dict[tuple[object, ...], int] = {}
+        self._sample = 0
+        self._counters: list[int] = []
+
+    def sample_clock(self) -> Script[None]:
+        """Read the guest's clock beside its time stamp counter, by code of ours."""
+        yield Call(self.symbols["sample_clock"], (self._sample,))
+        sample = self._kernel.memory.read(self._sample, 24)
+        self.clock = clock_from_sample(self._kernel, sample)
+
+    def take_memory(
+        self, programs: Sequence[Program], ring_bytes: int, overwrite: bool
+    ) -> Script[None]:
+        """Take what programs need, and give them their places in it.
+
+        :param ring_bytes: size of each CPU's rings
+        :param overwrite: the newest records win when the host does not keep up
+        """
+        known = self._known
+        cpus = len(self.per_cpu_offsets)
+        for program in programs:
+            if program.kind == "r" and program.body is not None:
+                program.slot_bytes = SLOT_BYTES + 8 * len(program.body.saves)
+        controls = _RING_CONTROL_BYTES * cpus
+        sizes = {slot_size(p.body.record_bytes) for p in programs if p.body} - set(self.streams)
+        need = sum(64 + -(-p.maxactive * p.slot_bytes // 64) * 64 for p in programs)
+        need += sum(64 + code.object.data_bytes for _, code in user_code(programs))
+        yield from self.data.room(need + len(sizes) * (controls + 64) + 64)
+        if not self._sample:
+            self._sample = self.data.take(64)
+        for size in sorted(sizes):
+            at = self.data.take(controls)
+            stream = yield from make_stream(
+                self.memory, at, self.per_cpu_offsets, size, ring_bytes, overwrite
+            )
+            stream.start(self._host)
+            self.streams[size] = stream
+        if self.bells is None and any(program.kind == "bell" for program in programs):
+            self.bells = yield from make_bells(self.memory, cpus)
+        self._note_new(known)
+        for program in programs:
+            program.address = self.data.take(64)
+            if program.kind == "r":
+                program.slots = self.data.take(program.maxactive * program.slot_bytes)
+                self.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
+            program.counters = self._counters.pop()
+            if program.body is not None:
+                program.stream = self.streams[slot_size(program.body.record_bytes)]
+
+    def take_counters(self, caller: GuestCaller, run_on: Callable[[], None], count: int) -> None:
+        """Have counters for as many programs.
+
+        Of per-CPU memory little is ready at once. When that is used up, a worker of the guest's
+        makes more as soon as it runs: pcpu_balance_workfn() in mm/percpu.c.
+
+        :param run_on: lets the guest run for a moment
+        :raises ProbeError: if there is still none after 5 s
+        """
+        deadline = time.monotonic() + _PER_CPU_S
+        while len(self._counters) < count:
+            known = self._known
+            try:
+                caller.run(self._more_counters(count))
+            except ProbeError:
+                if time.monotonic() > deadline:
+                    raise
+                run_on()
+            finally:
+                self._note_new(known)
+
+    def take_code(self, caller: GuestCaller, size_bytes: int) -> int:
+        """An address for code."""
+        if not self.code.fits(size_bytes):
+            known = self._known
+            caller.run(self.code.room(size_bytes))
+            self._note_new(known)
+        return self.code.take(size_bytes)
+
+    def resolve(self, name: str) -> int | None:
+        """Address of a symbol of ours or of the kernel's."""
+        found = self.symbols.get(name)
+        return found if found is not None else self._kernel.object_address(name)
+
+    def _more_counters(self, count: int) -> Script[None]:
+        while len(self._counters) < count:
+            chunk = yield from self.memory.per_cpu(_COUNTERS_CHUNK_BYTES)
+            self._counters += range(chunk, chunk + _COUNTERS_CHUNK_BYTES, _COUNTERS_BYTES)
+
+    @property
+    def _known(self) -> tuple[int, int]:
+        return len(self.memory.blocks), len(self.memory.percpu)
+
+    def _note_new(self, known: tuple[int, int]) -> None:
+        blocks, percpu = self.memory.blocks[known[0] :], self.memory.percpu[known[1] :]
+        if blocks:
+            self.journal.note(blocks=[(b.address, b.size_bytes) for b in blocks])
+        if percpu:
+            self.journal.note(percpu=percpu)
+
+
+def take_hold(
+    kernel: Kernel, host: HostView, make_journal: Callable[[], Journal]
+) -> Script[Holding]:
+    """Take the first memory and open the window.
+
+    :param make_journal: makes the journal, before anything is changed
+    """
+    journal = make_journal()
+    memory = GuestMemory(kernel)
+    try:
+        table = yield from memory.pages(4096)
+        guard = yield from memory.per_cpu(64)
+        journal.note(blocks=[(b.address, b.size_bytes) for b in memory.blocks])
+        journal.note(percpu=memory.percpu)
+        window = Window(kernel, table)
+        journal.note(window=(*window.entry, window.start, window.end))
+        window.open()
+    except BaseException:
+        journal.close()
+        raise
+    cpus = kernel.memory.read_u32(kernel.address("nr_cpu_ids"))
+    offsets = struct.unpack(
+        f"<{cpus}Q", kernel.memory.read(kernel.address("__per_cpu_offset"), 8 * cpus)
+    )
+    facts = KernelFacts.of(kernel, guard, window.start, window.end - window.start)
+    return Holding(kernel, host, memory, window, journal, facts, list(offsets))
