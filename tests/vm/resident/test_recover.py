@@ -101,7 +101,7 @@ def test_killed_at_random_moments(clone_of: Callable[..., Vm]) -> None:
 
 def test_command(clone_of: Callable[..., Vm]) -> None:
     vm = clone_of("6.1", 2)
-    sleepers = vm.start("caller 8 32 400000")
+    sleepers = vm.start("caller 8 32 5000000")
     kill(victim(HELD, vm))
     first, second = (
         subprocess.run(
@@ -116,7 +116,7 @@ def test_command(clone_of: Callable[..., Vm]) -> None:
     assert first.stdout.startswith("an earlier kgdbx was killed: put back 1 places of code and 8 ")
     assert (second.stdout, first.stderr + second.stderr) == ("there is nothing to undo\n", "")
     assert (first.returncode, second.returncode) == (0, 0)
-    assert sleepers.wait(30).output.startswith("32 ")
+    assert sleepers.wait(90).output.startswith("32 ")
     assert_no_oops(vm)
 
 
