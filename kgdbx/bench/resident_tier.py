@@ -22,6 +22,7 @@ _CALLED = "do_getpgid"  # long do_getpgid(pid_t pid), kernel/sys.c
 _CALLS = 300_000
 _GUEST_S = 120
 _RING_EVENTS = 10_000_000
+_RING_BYTES = 4 << 20  # the host shares its two cores with the guest's vCPUs
 _TRACED = 1000
 _TRACEFS = "/sys/kernel/tracing"
 
@@ -84,18 +85,12 @@ def _resident_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
     with Session.attach_vm(vm.info) as session:
         definitions = [parse_definition(text.format(f=_CALLED)) for text in texts]
         probes = session.define_many(definitions, tier="resident", inlined_copies=False)
-        session.idle_hooks.append(lambda: _discard(session))
+        session.resident.reader.makes_events = False  # as a recording takes them: whole batches
         command = vm.start(f"caller {smp} {_CALLS}")
         session.run(command=command)
         if any(probe.hits != _CALLS for probe in probes):
             raise MachineError(f"{[probe.hits for probe in probes]} hits of {_CALLS} calls")
         return int(command.output.split()[1]) - bare
-
-
-def _discard(session: Session) -> None:
-    # As a recording would take them: whole batches.
-    for _ in session.resident.engine.drain():
-        pass
 
 
 def _ring() -> Iterator[Figure]:
@@ -106,8 +101,9 @@ def _ring() -> Iterator[Figure]:
         tempfile.TemporaryFile() as file,
     ):
         definition = parse_definition(f"p {_CALLED} pid")
-        session.define_many([definition], tier="resident", inlined_copies=False)
         engine = session.resident.engine
+        engine.ring_bytes = _RING_BYTES
+        session.define_many([definition], tier="resident", inlined_copies=False)
         spent, taken = 0.0, 0
 
         def take() -> None:
@@ -120,10 +116,10 @@ def _ring() -> Iterator[Figure]:
             if taken > before:  # looking in vain is not draining
                 spent += time.perf_counter() - start
 
-        session.idle_hooks.append(take)
         command = vm.start(f"caller 2 {_RING_EVENTS}")
         start = time.perf_counter()
-        session.run(command=command)
+        while command.poll() is None:
+            session.target.run(session.probes.on_stop, 0.5, take)
         take()
         elapsed = time.perf_counter() - start
         lost = engine.lost()

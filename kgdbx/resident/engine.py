@@ -46,6 +46,8 @@ class Engine:
     :param make_journal: makes the journal when the first probe is placed
     :param ring_bytes: size of each CPU's rings
     :param overwrite: the newest records win when the host does not keep up
+    :ivar ring_bytes: what rings that are still to be made get
+    :ivar overwrite: as given, for rings that are still to be made
     :param handling: the vCPU whose handlers run: the guest must not go on from there
     """
 
@@ -65,8 +67,8 @@ class Engine:
         self.programs: dict[int, Program] = {}
         self._caller = GuestCaller(kernel, dispatch, handling)
         self._make_journal = make_journal
-        self._ring_bytes = ring_bytes
-        self._overwrite = overwrite
+        self.ring_bytes = ring_bytes
+        self.overwrite = overwrite
         self._holding: Holding | None = None
         self._builder = Builder(kernel, self.host, self._caller)
         self._sites: dict[int, Site] = {}
@@ -157,7 +159,7 @@ class Engine:
     def _install(self, programs: Sequence[Program]) -> None:
         holding = self._hold()
         holding.take_counters(self._caller, self._run_on, len(programs))
-        self._caller.run(holding.take_memory(programs, self._ring_bytes, self._overwrite))
+        self._caller.run(holding.take_memory(programs, self.ring_bytes, self.overwrite))
         changed: dict[int, Site] = {}
         for program in programs:
             address = program.displacement.address

@@ -208,6 +208,21 @@ static __always_inline void leave_handler(void)
 	gs_add32(PREEMPT_COUNT, -1);
 }
 
+/* How far the host has come; while it writes that, it is waited for, but not for long. */
+static __always_inline u64 read_tail(const struct ring *ring)
+{
+	u32 n;
+
+	for (n = 0; n < 1000; n++) {
+		u64 tail = *(const volatile u64 *)&ring->host_tail;
+
+		if (likely(tail == *(const volatile u64 *)&ring->host_check))
+			return tail;
+		__asm__ volatile("pause");
+	}
+	return ring->tail;
+}
+
 /*
  * A place in this CPU's ring, or 0. The position names its CPU, so that a task that is moved to
  * another one in between starts again.
@@ -222,10 +237,7 @@ static __always_inline u8 *reserve(u64 positions, struct ring *rings, u64 slots,
 		head = GS(volatile u64, positions);
 		ring = rings + (head >> POSITION_BITS);
 		if (!overwrite && unlikely(head - ring->tail >= slots)) {
-			u64 tail = *(volatile u64 *)&ring->host_tail;
-
-			if (tail == *(volatile u64 *)&ring->host_check)
-				ring->tail = tail;
+			ring->tail = read_tail(ring);
 			if (head - ring->tail >= slots) {
 				gs_increment(positions + 8);
 				return 0;

@@ -151,7 +151,7 @@ def test_full_rings(guest_of: GuestOf) -> None:
     guest.session.close()
     with Session.attach_vm(guest.vm.info) as session:
         engine = session.resident.engine
-        engine._ring_bytes = 8192
+        engine.ring_bytes = 8192
         events: list[Event] = []
         session.event_listeners.append(events.append)
         (probe,) = session.define(f"p:in {CALL}")

@@ -58,8 +58,8 @@ def test_records_outlive_a_panic(guest_of: GuestOf, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(guest_call, "_CAPTURE_S", 0.5)
     guest = guest_of()
     engine = guest.session.resident.engine
-    engine._overwrite = True
-    engine._ring_bytes = 8192
+    engine.overwrite = True
+    engine.ring_bytes = 8192
     for text in ("p:call __x64_sys_getpgid $comm", "p:open do_sys_openat2 filename:ustring"):
         guest.session.define(text, tier="resident")
     # Nobody takes any records until it is over: the newest ones are still there.
