@@ -20,7 +20,10 @@ from kgdbx.errors import CommandError, DefinitionError, KgdbxError
 
 __all__ = ("main",)
 
-_GROUPS = {"vm": "Fetch kernels; run, clone and stop VMs."}
+_GROUPS = {
+    "leaks": "Find memory that the kernel has lost.",
+    "vm": "Fetch kernels; run, clone and stop VMs.",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

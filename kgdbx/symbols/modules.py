@@ -62,6 +62,7 @@ class Modules:
         self._memory = memory
         self._debug_directory = debug_directory
         self._files: dict[str, Path] | None = None
+        self._own_files: dict[str, Path] = {}
         self._symbols: dict[int, tuple[Symbol, ...]] = {}
         self._with_debug_info: dict[tuple[str, int], bool] = {}
 
@@ -101,12 +102,22 @@ class Modules:
         self._symbols.clear()
         self._with_debug_info.pop((module.name, module.base), None)
 
+    def add_debug_file(self, path: Path) -> None:
+        """Use a debug file that is not in the directory: of a module of one's own.
+
+        :param path: ``NAME.ko``; it goes before a file of the same name in the directory
+        """
+        self._own_files[_module_name(path)] = path
+
     def debug_file(self, name: str) -> Path | None:
         """The debug file of a module, by name."""
+        own = self._own_files.get(name.replace("-", "_"))
+        if own is not None:
+            return own
         if self._files is None:
             files = self._debug_directory.rglob("*.ko*") if self._debug_directory else ()
             self._files = {
-                path.name.partition(".")[0].replace("-", "_"): path
+                _module_name(path): path
                 for path in files
                 if path.name.endswith((".ko", ".ko.debug"))
             }
@@ -189,9 +200,11 @@ def section_addresses(elf: ElfSymbols, running: tuple[Symbol, ...]) -> dict[str,
 
 def module_file_names(directory: Path) -> tuple[str, ...]:
     """Names of all modules whose files lie below a directory, for completion."""
-    return tuple(
-        sorted({p.name.partition(".")[0].replace("-", "_") for p in directory.rglob("*.ko*")})
-    )
+    return tuple(sorted({_module_name(path) for path in directory.rglob("*.ko*")}))
+
+
+def _module_name(path: Path) -> str:
+    return path.name.partition(".")[0].replace("-", "_")
 
 
 def _regions(module: drgn.Object) -> tuple[tuple[int, int, bool], ...]:

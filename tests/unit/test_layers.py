@@ -16,6 +16,7 @@ LAYERS = (
     {"resident"},
     {"trace"},
     {"machine"},
+    {"leaks"},
     {"session", "gdb_launch"},
     {"doctor"},
     {"render"},
