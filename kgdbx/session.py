@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import fnmatch
 import itertools
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
+from kgdbx.endings import GuestCommand, stop_at_end, stop_on_signals
 from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost, TargetTimeout
 from kgdbx.machine.headers import kernel_header
 from kgdbx.machine.info import VmInfo
@@ -35,7 +34,7 @@ from kgdbx.target.base import Stop, Target
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
 
-__all__ = ("GuestCommand", "Refused", "Session", "Tier", "open_ram")
+__all__ = ("Refused", "Session", "Tier", "open_ram")
 
 Tier: TypeAlias = Literal["auto", "resident", "stop"]
 """Where the hits of a definition are handled."""
@@ -43,14 +42,6 @@ Tier: TypeAlias = Literal["auto", "resident", "stop"]
 _NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
 
 _GLOB_LIMIT = 500
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class GuestCommand(Protocol):
-    """A command under way in the guest."""
-
-    def poll(self) -> int | None:
-        """Its exit status, or None while it runs."""
 
 
 class Refused(KgdbxError):
@@ -385,8 +376,8 @@ class Session:
         self._events.hurry = False
         try:
             with (
-                _stop_on_signals(self.target, done, self._events),
-                _stop_at_end(self.target, command, done),
+                stop_on_signals(self.target, done, self._events),
+                stop_at_end(self.target, command, done),
             ):
                 try:
                     stop = self._run(done, deadline, command)
@@ -568,59 +559,3 @@ def _stops_because(definition: ProbeDefinition, hardware: bool, stop: bool, tier
 def open_ram(info: VmInfo) -> GuestRam:
     """The RAM of a VM of ours."""
     return GuestRam(info.ram_file, info.memory_bytes, None if info.ram_shared else info.pid)
-
-
-@contextlib.contextmanager
-def _stop_on_signals(target: Target, done: threading.Event, events: EventQueue) -> Iterator[None]:
-    # ^C ends the run at a point where nothing is half done; so do requests to end the process,
-    # which then goes on with its way out.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-        done.set()
-        events.hurry = True
-        target.request_stop()
-
-    previous = {number: signal.signal(number, note) for number in _ENDING}
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not caught:
-            raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for signum in caught:
-        if signum != signal.SIGINT:
-            raise SystemExit(128 + signum)
-
-
-@contextlib.contextmanager
-def _stop_at_end(
-    target: Target, command: GuestCommand | None, done: threading.Event
-) -> Iterator[None]:
-    # The guest's agent answers on its own line; watching it needs no stop of the guest.
-    if command is None:
-        yield
-        return
-    quit_event = threading.Event()
-
-    def watch() -> None:
-        while not quit_event.is_set():
-            if command.poll() is not None:
-                done.set()
-                target.request_stop()
-                return
-            quit_event.wait(0.02)
-
-    thread = threading.Thread(target=watch, name="kgdbx-guest-command", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        quit_event.set()
-        thread.join()

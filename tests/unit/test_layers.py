@@ -17,7 +17,7 @@ LAYERS = (
     {"trace"},
     {"machine"},
     {"leaks"},
-    {"session", "gdb_launch"},
+    {"endings", "gdb_launch", "session"},
     {"doctor"},
     {"render"},
     {"bench"},
