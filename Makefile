@@ -14,7 +14,7 @@ fetch: setup
 test: fetch
 	@mkdir -p build
 	@rm -f build/junit.xml
-	$(PYTHON) -m pytest --junit-xml=build/junit.xml $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal --junit-xml=build/junit.xml $(PYTEST_ARGS)
 	@$(PYTHON) .ci/check_junit.py build/junit.xml
 
 demo: setup
