@@ -38,6 +38,7 @@ __all__ = (
     "FetchType",
     "Field",
     "ProbeDefinition",
+    "STACK_DEPTH",
     "expand_fields",
     "format_definition",
     "parse_definition",
@@ -46,6 +47,10 @@ __all__ = (
 DEFAULT_GROUP = "kprobes"
 """Group of events that name none, as in ``kprobe_events``."""
 
+STACK_DEPTH = 16
+"""Frames of a ``$kstack`` that does not say how many it wants."""
+
+_MAX_STACK_DEPTH = 127  # PERF_MAX_STACK_DEPTH, include/uapi/linux/perf_event.h
 _MAX_NAME = 63  # MAX_EVENT_NAME_LEN - 1, kernel/trace/trace_probe.h
 _MAX_ARRAY = 64  # MAX_ARRAY_LEN, same file
 _MAX_FIELDS = 128  # MAX_TRACE_ARGS, same file
@@ -73,7 +78,7 @@ class FetchType:
     """The ``:TYPE`` of a field.
 
     :ivar base: u, s or x (shown as unsigned, signed, hexadecimal), b (bit field), char, string,
-        ustring, or symbol (an address, shown as symbol+offset)
+        ustring, symbol (an address, shown as symbol+offset), or kstack (*count* frames at most)
     :ivar size_bytes: size in memory; of one pointer for the strings, of the container for b
     :ivar bit_offset: lowest bit of a bit field
     :ivar bit_width: width of a bit field
@@ -87,6 +92,8 @@ class FetchType:
     count: int | None = None
 
     def __str__(self) -> str:
+        if self.base == "kstack":
+            return str(self.count)
         array = "" if self.count is None else f"[{self.count}]"
         bits = 8 * self.size_bytes
         if self.base == "b":
@@ -385,18 +392,27 @@ class _Parser:
         name = word.take(_FIELD_NAME)
         column = word.position
         expression = read_expression(word)
-        is_whole = isinstance(expression, Special) and expression.name in _WHOLE_FIELD
-        if not is_whole:
+        is_stack = _is_special(expression, "kstack")
+        is_whole = _is_special(expression, *_WHOLE_FIELD)
+        if not is_whole and not is_stack:
             self.checked(expression)
-        elif name or word.position < word.end:
+        elif is_whole and (name or word.position < word.end):
             raise word.error("stands for several fields and takes no name and no type", column)
         fetch_type = None
         if word.take_text(":"):
-            fetch_type = self.type(word, expression)
+            fetch_type = self.depth(word) if is_stack else self.type(word, expression)
         if word.position < word.end:
             raise word.expected("an operator, ':' and a type, or a space")
         label = name[1] if name else format_expression(expression, spaces=False)
         return Field(label, expression, fetch_type)
+
+    def depth(self, word: Scanner) -> FetchType:
+        column = word.position
+        match = word.take(_NUMBER)
+        frames = word.integer(match[0], column) if match else 0
+        if not 1 <= frames <= _MAX_STACK_DEPTH:
+            raise word.error(f"a stack has 1 to {_MAX_STACK_DEPTH} frames: $kstack:8", column)
+        return FetchType("kstack", 8, count=frames)
 
     def type(self, word: Scanner, expression: Expr) -> FetchType:
         column = word.position
@@ -419,8 +435,9 @@ class _Parser:
             result = FetchType("b", int(container) // 8, low, wide, count)
         if is_text(expression) and (not result.is_string or count is not None):
             raise word.error("a string takes the types string and ustring only", column)
-        stack = isinstance(expression, Special) and expression.name == "stack"
-        if count is not None and (stack or isinstance(expression, Register | Literal)):
+        if count is not None and (
+            _is_special(expression, "stack") or isinstance(expression, Register | Literal)
+        ):
             memory = f"+0({format_expression(expression)}):{result}"
             raise word.error(f"an array is read from memory; write {memory}", column)
         return result
@@ -433,12 +450,16 @@ class _Parser:
                 message = "$retval has a value in a return probe (r) only"
             elif node.name == "arg" and not self.is_entry:
                 message = f"$arg{node.index} has a value at the function's entry only"
-            elif node.name in _WHOLE_FIELD:
+            elif node.name in _WHOLE_FIELD or node.name == "kstack":
                 message = f"${node.name} is a field of its own, not part of an expression"
             else:
                 continue
             raise self.scanner.error(message, node.column)
         return expression
+
+
+def _is_special(expression: Expr, *names: str) -> bool:
+    return isinstance(expression, Special) and expression.name in names
 
 
 def _format_parts(definition: ProbeDefinition) -> Iterator[str]:

@@ -40,6 +40,7 @@ SPECIALS = {
     "arg": "argument of the function, counted from 1",
     "comm": "name of the current task, a string",
     "cpu": "number of the CPU",
+    "kstack": "the kernel's call stack, innermost first; only as a whole field",
     "params": "every parameter of the function; only as a whole field",
     "pid": "thread ID of the current task",
     "retval": "return value; only in return probes",

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import drgn
 
 from kgdbx.errors import MemoryFault, ProbeError, SymbolError
-from kgdbx.probes.definition import FetchType, Field
+from kgdbx.probes.definition import STACK_DEPTH, FetchType, Field
 from kgdbx.probes.expression import (
     AtSymbol,
     Binary,
@@ -39,6 +39,7 @@ from kgdbx.probes.expression import (
 __all__ = (
     "FieldValue",
     "Hex",
+    "KernelStack",
     "MAX_STRING_BYTES",
     "Scope",
     "Unreadable",
@@ -82,6 +83,10 @@ class Unreadable:
         return f"({self.reason})"
 
 
+class KernelStack(list["FieldValue"]):
+    """Where the calls in progress are, innermost first: as ``symbol+0x0/0x2c``, or addresses."""
+
+
 FieldValue: TypeAlias = "int | str | bytes | list[FieldValue] | Unreadable"
 
 
@@ -109,6 +114,9 @@ class Scope(Protocol):
 
     def special(self, name: str, index: int | None) -> drgn.Object | int | str:
         """Value of ``$name`` or ``$nameN``; see :data:`~kgdbx.probes.expression.SPECIALS`."""
+
+    def kstack(self, depth: int) -> list[str]:
+        """The innermost *depth* frames of the kernel's stack, as symbols with offsets."""
 
     def read_kernel(self, address: int, size_bytes: int) -> bytes:
         """Read at a guest-virtual address.
@@ -365,6 +373,9 @@ def _string(expr: Expr, *, user: bool) -> Callable[[Scope], str]:
 
 def _fetcher(each: Field) -> Callable[[Scope], FieldValue]:
     expr, to = each.expression, each.type
+    if isinstance(expr, Special) and expr.name == "kstack":
+        depth = to.count if to and to.count else STACK_DEPTH
+        return lambda scope: KernelStack(scope.kstack(depth))
     if to is None:
         return _untyped(expr)
     if is_text(expr):

@@ -104,7 +104,7 @@ class Hit:
         return self._task
 
     def stack_trace(self) -> drgn.StackTrace:
-        """The stack that led here, with the true return addresses: nothing on it is patched.
+        """The stack that led here, with the true return addresses.
 
         :raises ValueError: if it cannot be unwound
         """
@@ -114,7 +114,8 @@ class Hit:
             for member in program.type("struct pt_regs").members
             if member.name is not None and member.name in self.regs
         }
-        return program.stack_trace(drgn.Object(program, "struct pt_regs", value=values))
+        with self.kernel.true_stacks():
+            return program.stack_trace(drgn.Object(program, "struct pt_regs", value=values))
 
     def stop(self) -> None:
         """Leave the kernel standing after this hit."""

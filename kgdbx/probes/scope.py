@@ -12,6 +12,8 @@ from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("HitScope", "KernelScope")
 
+_KERNEL_HALF = 1 << 63
+
 
 class KernelScope:
     """A scope outside of any hit: symbols, types and constants only."""
@@ -42,6 +44,9 @@ class KernelScope:
     def special(self, name: str, index: int | None) -> drgn.Object | int | str:
         raise ProbeError(f"there is no ${name} outside of a hit")
 
+    def kstack(self, depth: int) -> list[str]:
+        raise ProbeError("there is no $kstack outside of a hit")
+
     def read_kernel(self, address: int, size_bytes: int) -> bytes:
         return self.kernel.memory.read(address, size_bytes)
 
@@ -62,6 +67,7 @@ class HitScope(KernelScope):
         self.retval: Callable[[], drgn.Object | None] | None = None
         self.entry_values: Mapping[str, drgn.Object] | None = None
         self.entry_registers: Registers | None = None
+        self._symbols: dict[int, str] = {}
 
     @property
     def _now(self) -> Hit:
@@ -105,6 +111,27 @@ class HitScope(KernelScope):
         return {"comm": hit.task.comm, "pid": hit.task.pid, "tgid": hit.task.tgid, "cpu": hit.cpu}[
             name
         ]
+
+    def kstack(self, depth: int) -> list[str]:
+        addresses: list[int] = []
+        for frame in self._now.stack_trace():
+            if len(addresses) == depth:
+                break
+            if frame.is_inline:
+                continue
+            try:
+                address = frame.pc
+            except LookupError:  # the unwinder does not know how to go on
+                break
+            if address < _KERNEL_HALF:
+                break
+            addresses.append(address)
+        return [self._symbolize(address) for address in addresses]
+
+    def _symbolize(self, address: int) -> str:
+        if address not in self._symbols:
+            self._symbols[address] = self.kernel.symbolize(address)
+        return self._symbols[address]
 
     def read_user(self, address: int, size_bytes: int) -> bytes:
         regs = self._now.regs

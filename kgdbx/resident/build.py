@@ -4,9 +4,9 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from kgdbx.resident.clock import SAMPLE_SOURCE
-from kgdbx.resident.compile.decision import ORIGINAL
+from kgdbx.resident.compile.decision import ORIGINAL, STACK
 from kgdbx.resident.compile.link import Linked, compile_unit
-from kgdbx.resident.compile.unit import RETURN_STUB_BYTES, StubCall, Unit
+from kgdbx.resident.compile.unit import RETURN_STUB_BYTES, STACK_SOURCE, StubCall, Unit
 from kgdbx.resident.guest_call import GuestCaller
 from kgdbx.resident.holding import Holding
 from kgdbx.resident.host import HostView
@@ -16,7 +16,7 @@ from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Builder", "jump")
 
-_PROBE = struct.Struct("<QQIIIIQ24x")  # struct probe
+_PROBE = struct.Struct("<QQIIIIQQ16x")  # struct probe
 _JUMP_BYTES = 5
 _TAIL_SLACK_BYTES = 40  # a short branch that is moved grows, and the jump back
 
@@ -43,6 +43,8 @@ class Builder:
         if holding.clock is None:
             unit.add(SAMPLE_SOURCE)
         users = self._place_user_code(holding, new)
+        if any(STACK in user.object.undefined for _, user in user_code(new)):
+            unit.add(STACK_SOURCE)
         for program in new:
             _add_handler(unit, holding, program)
         numbers: dict[int, int] = {}
@@ -68,7 +70,8 @@ class Builder:
         self._kernel.memory.write(code, bytes(text))
         for program, place in users.items():
             tail = linked.symbols[f"tail_{numbers[program.displacement.address]}"]
-            self._write_user_code(program, place, tail)
+            own = {ORIGINAL: tail, STACK: holding.symbols.get(STACK)}
+            self._write_user_code(program, place, own)
         self._write_controls(linked, new)
         return {at: linked.symbols[f"site_{number}"] for at, number in numbers.items()}
 
@@ -83,11 +86,13 @@ class Builder:
             holding.symbols[_user_symbol(program)] = user.object.addresses(code, data)[user.entry]
         return places
 
-    def _write_user_code(self, program: Program, place: tuple[int, int], original: int) -> None:
+    def _write_user_code(
+        self, program: Program, place: tuple[int, int], own: Mapping[str, int | None]
+    ) -> None:
         assert program.decision is not None and program.decision.user is not None
         user = program.decision.user
         linked = user.object.link(
-            *place, lambda name: original if name == ORIGINAL else user.resolve(name)
+            *place, lambda name: own[name] if name in own else user.resolve(name)
         )
         self._kernel.memory.write(place[0], linked.code)
         if linked.data:
@@ -105,6 +110,7 @@ class Builder:
                     program.id,
                     program.slot_bytes,
                     program.displacement.address,
+                    program.point or program.displacement.address,
                 ),
             )
             if program.kind != "r":

@@ -173,6 +173,7 @@ class Engine:
         stubs = self._builder.build(holding, changed, programs)
         if holding.clock is None:
             self._caller.run(holding.sample_clock())
+        holding.link_returns((*self.programs.values(), *programs))
         self._patch(holding, changed, stubs)
         self.programs.update((program.id, program) for program in programs)
 
@@ -212,6 +213,7 @@ class Engine:
         self._restore_returns(gone)
         for program in gone:
             del self.programs[program.id]
+        holding.link_returns(self.programs.values())
 
     def close(self) -> None:
         """Take everything out and give the guest its memory back.
@@ -223,8 +225,8 @@ class Engine:
         if holding is None:
             return
         self.uninstall(tuple(self.programs.values()))
-        window = (holding.window.start, holding.window.end)
-        if not self.wait_until_unused(window, lambda: self._restore_returns(self._ever)):
+        code = holding.code.ranges
+        if not self.wait_until_unused(code, lambda: self._restore_returns(self._ever)):
             holding.journal.leave()
             self._holding = None
             raise ProbeError(
@@ -286,10 +288,28 @@ class Engine:
         window = self._holding.window
         return true_return(self.kernel, address, window.start, window.end)
 
+    @contextlib.contextmanager
+    def _true_stacks(self) -> Iterator[None]:
+        memory = self.kernel.memory
+        stubs: dict[int, int] = {}
+        for program in self.programs.values():
+            for pending in self.pending(program):
+                with contextlib.suppress(MemoryFault):  # the task has died, and its stack is gone
+                    stubs[pending.place] = memory.read_u64(pending.place)
+        stubs = {place: stub for place, stub in stubs.items() if self.owns(stub)}
+        try:
+            for place, stub in stubs.items():
+                memory.write(place, self.true_return(stub).to_bytes(8, "little"))
+            yield
+        finally:
+            for place, stub in stubs.items():
+                memory.write(place, stub.to_bytes(8, "little"))
+
     # Parts of placing
 
     def _hold(self) -> Holding:
         if self._holding is None:
+            self.kernel.true_stacks = self._true_stacks
             self._holding = self._caller.run(take_hold(self.kernel, self.host, self._make_journal))
         return self._holding
 
@@ -329,14 +349,17 @@ class Engine:
                 raise ProbeError(f"the bytes to replace are in use: {inside[0]}")
             self._run_on()
 
-    def wait_until_unused(self, window: tuple[int, int], at_stop: Callable[[], None]) -> bool:
-        """Let the guest run until nothing in it is inside a range of addresses, 10 s at most.
+    def wait_until_unused(
+        self, ranges: Sequence[tuple[int, int]], at_stop: Callable[[], None]
+    ) -> bool:
+        """Let the guest run until nothing in it is inside ranges of addresses, 10 s at most.
 
+        :param ranges: guest-virtual ``(start, end)`` of code
         :param at_stop: called at each stop meanwhile
         :return: whether that came to be
         """
         deadline = time.monotonic() + _QUIESCE_S
-        while tasks_inside(self.kernel, [window], include_start=True):
+        while tasks_inside(self.kernel, ranges, include_start=True):
             if time.monotonic() > deadline:
                 return False
             self._run_on()

@@ -38,6 +38,11 @@ class Heap:
             block = yield from self._memory.pages(size, -(-wanted // PAGE_BYTES) * PAGE_BYTES)
             self._chunks.append(_Chunk(self._window.map(block), block.size_bytes))
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Addresses ``(start, end)`` that may have been handed out."""
+        return [(chunk.address, chunk.address + chunk.size_bytes) for chunk in self._chunks]
+
     def take(self, size_bytes: int, align_bytes: int = 64) -> int:
         """An address; :meth:`room` was made before."""
         size_bytes = -(-size_bytes // align_bytes) * align_bytes

@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kgdbx.errors import ProbeError
 from kgdbx.resident.bells import Bells, make_bells
@@ -14,7 +14,7 @@ from kgdbx.resident.host import HostView
 from kgdbx.resident.journal import Journal
 from kgdbx.resident.memory import GuestMemory, Window
 from kgdbx.resident.program import Program, user_code
-from kgdbx.resident.returns import SLOT_BYTES
+from kgdbx.resident.returns import NEXT_AT, SLOT_BYTES
 from kgdbx.resident.ring import Stream, make_stream, slot_size
 from kgdbx.symbols.kernel import Kernel
 
@@ -85,9 +85,10 @@ class Holding:
         sizes = {slot_size(p.body.record_bytes) for p in programs if p.body} - set(self.streams)
         need = sum(64 + -(-p.maxactive * p.slot_bytes // 64) * 64 for p in programs)
         need += sum(64 + code.object.data_bytes for _, code in user_code(programs))
-        yield from self.data.room(need + len(sizes) * (controls + 64) + 64)
+        yield from self.data.room(need + len(sizes) * (controls + 64) + 128)
         if not self._sample:
             self._sample = self.data.take(64)
+            self.symbols["return_probes"] = self.data.take(64)
         for size in sorted(sizes):
             at = self.data.take(controls)
             stream = yield from make_stream(
@@ -106,6 +107,15 @@ class Holding:
             program.counters = self._counters.pop()
             if program.body is not None:
                 program.stream = self.streams[slot_size(program.body.record_bytes)]
+
+    def link_returns(self, programs: Iterable[Program]) -> None:
+        """Have the guest find the calls that return probes wait for."""
+        following = 0
+        for program in programs:
+            if program.kind == "r" and program.body is not None:
+                self._host.write(program.address + NEXT_AT, following.to_bytes(8, "little"))
+                following = program.address
+        self._host.write(self.symbols["return_probes"], following.to_bytes(8, "little"))
 
     def take_counters(self, caller: GuestCaller, run_on: Callable[[], None], count: int) -> None:
         """Have counters for as many programs.
@@ -134,6 +144,7 @@ class Holding:
             known = self._known
             caller.run(self.code.room(size_bytes))
             self._note_new(known)
+            self.journal.note(code=self.code.ranges[-1])
         return self.code.take(size_bytes)
 
     def resolve(self, name: str) -> int | None:

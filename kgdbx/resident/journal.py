@@ -57,7 +57,7 @@ class Journal:
         self._write({"restored": address} for address in addresses)
 
     def note(self, **record: Any) -> None:
-        """Note memory that was taken: ``block``, ``percpu``, ``window``, ``slots``."""
+        """Note memory that was taken: ``blocks``, ``percpu``, ``window``, ``code``, ``slots``."""
         self._write([record])
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ("FieldLayout", "KINDS", "PROBE_LIMIT", "ProbeLayout", "RECORD_LIMIT_BYTES")
 
-KINDS = ("u", "s", "x", "char", "symbol", "string", "bytes", "raw")
+KINDS = ("u", "s", "x", "char", "symbol", "string", "bytes", "raw", "stack")
 """Kinds of fields; see :class:`FieldLayout`."""
 
 PROBE_LIMIT = 1 << 20
@@ -33,7 +33,8 @@ class FieldLayout:
     :ivar size_bytes: size of the whole field, all elements of an array; 0 with *value*
     :ivar kind: u, s or x (little-endian integer: unsigned, signed, to show in hexadecimal), char
         (one character), symbol (an address to show as a symbol), string (text that ends at the
-        first NUL), bytes, or raw (a value of the C type *type_name*, as it was in memory)
+        first NUL), bytes, raw (a value of the C type *type_name*, as it was in memory), or stack
+        (addresses, innermost first, to show as symbols; a 0 ends it)
     :ivar count: number of elements of an array, otherwise None
     :ivar bits: lowest bit and width of what the integer is cut to, otherwise None
     :ivar is_signed: the integer in the record is signed: that is how it is made longer, before it

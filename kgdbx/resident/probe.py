@@ -71,6 +71,7 @@ class ResidentProbe(Probe):
                     generate(self._definition, kernel, point),
                     maxactive=self.maxactive if self.kind == "r" else 0,
                     at_entry=point.is_entry,
+                    point=point.address,
                 )
             )
         self._programs = programs

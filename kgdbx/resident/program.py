@@ -23,6 +23,7 @@ class Program:
     :ivar maxactive: return slots
     :ivar id: its number in the records
     :ivar at_entry: whether the place is a function's first instruction
+    :ivar point: the address that was asked for, before what *displacement* takes
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Program:
     handler: int = -1
     stream: Stream | None = None
     at_entry: bool = True
+    point: int = 0
 
     @property
     def keeps_all(self) -> bool:

@@ -1,6 +1,6 @@
 """Put a guest back in order whose kgdbx died: by its journal, as far as the guest agrees."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class _Journalled:
     blocks: list[Block] = field(default_factory=list)
     percpu: list[int] = field(default_factory=list)
     window: tuple[int, int, int, int] | None = None  # entry, its value, start, end
+    code: list[tuple[int, int]] = field(default_factory=list)
     slots: list[tuple[int, int, int]] = field(default_factory=list)
 
 
@@ -55,12 +56,12 @@ def recover(
     kernel: Kernel,
     path: Path,
     dispatch: Callable[[Stop], bool],
-    wait_until_unused: Callable[[tuple[int, int], Callable[[], None]], bool],
+    wait_until_unused: Callable[[Sequence[tuple[int, int]], Callable[[], None]], bool],
 ) -> Recovery:
     """Undo what a journal says. The kernel stands; the journal is removed when all is undone.
 
     :param dispatch: handles stops while the guest makes calls for us
-    :param wait_until_unused: lets the guest run until nothing is inside a range of addresses, and
+    :param wait_until_unused: lets the guest run until nothing is inside ranges of addresses, and
         calls a function at each stop meanwhile; whether that came to be
     :raises CommandError: if the journal makes no sense
     """
@@ -95,7 +96,7 @@ def recover(
             done.returns += 1
 
     restore_returns()
-    if done.conflicts or not wait_until_unused((start, end), restore_returns):
+    if done.conflicts or not wait_until_unused(found.code, restore_returns):
         done.conflicts.append("code of kgdbx's is still in use in the guest: its memory stays")
         return done
     memory.write(entry, bytes(8))
@@ -148,6 +149,9 @@ def _take(found: _Journalled, record: dict[str, Any]) -> None:
     elif "window" in record:
         entry, value, start, end = map(int, record["window"])
         found.window = entry, value, start, end
+    elif "code" in record:
+        start, end = map(int, record["code"])
+        found.code.append((start, end))
     elif "slots" in record:
         address, count, size_bytes = map(int, record["slots"])
         found.slots.append((address, count, size_bytes))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = (
+    "NEXT_AT",
     "PendingReturn",
     "RET_ADDR_AT",
     "SLOT_BYTES",
@@ -20,6 +21,9 @@ _SLOT = struct.Struct("<QQQQQQQQ")  # struct slot, prelude.h, without what it ke
 
 SLOT_BYTES = _SLOT.size
 """Size of a slot that keeps nothing."""
+
+NEXT_AT = 48
+"""Where a return probe's ``struct probe`` names the next."""
 
 RET_ADDR_AT = 8
 """Where a slot holds the true return address."""

@@ -1,7 +1,10 @@
 """A running kernel with its names and types: what probes, commands and scripts ask."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import drgn
@@ -49,6 +52,7 @@ class Kernel:
     :param slide: KASLR slide in bytes
     :param debug_modules: directory with the debug files of its modules
     :param ram_end: guest-physical end of RAM; 0 if unknown
+    :ivar true_stacks: a context in which every return address on the stacks is the true one
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Kernel:
         self._module_types: dict[str, drgn.Type] = {}
         self.memory = KernelMemory(target, vmlinux, slide)
         self.memory.attach(ram_end)
+        self.true_stacks: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     @classmethod
     def attach(

@@ -1,11 +1,12 @@
 """From records to events."""
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Hex, Unreadable, decode_text
+from kgdbx.probes.fetch import FieldValue, Hex, KernelStack, Unreadable, decode_text
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.compile.code import FAILURES
 from kgdbx.resident.layout import FieldLayout, ProbeLayout
@@ -94,6 +95,9 @@ def decode_field(field: FieldLayout, data: bytes) -> FieldValue:
     if field.count is None:
         return _element(field, data)
     size = field.element_bytes
+    if field.kind == "stack":
+        words = memoryview(data).cast("Q")
+        return KernelStack(Hex(word) for word in itertools.takewhile(bool, words))
     return [_element(field, data[at : at + size]) for at in range(0, len(data), size)]
 
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Hex, Unreadable
+from kgdbx.probes.fetch import FieldValue, Hex, KernelStack, Unreadable
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.json_lines import event_json, json_line
 
@@ -50,12 +50,16 @@ def event_from_line(line: str) -> Event:
 
 
 def _kind(value: FieldValue) -> str:
+    if isinstance(value, KernelStack):
+        return "stack"
     if isinstance(value, list):
         return next(filter(None, map(_kind, value)), "")
     return "x" if isinstance(value, Hex) else "bytes" if isinstance(value, bytes) else ""
 
 
 def _value(value: Any, kind: str | None) -> FieldValue:
+    if isinstance(value, list) and kind == "stack":
+        return KernelStack(_value(each, None) for each in value)
     if isinstance(value, list):
         return [_value(each, kind) for each in value]
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Unreadable
+from kgdbx.probes.fetch import FieldValue, KernelStack, Unreadable
 from kgdbx.trace.sink import Output
 
 __all__ = ("PLAIN", "Style", "TextSink", "event_line")
@@ -35,7 +35,7 @@ PLAIN = Style()
 
 
 def event_line(event: Event, style: Style = PLAIN, *, tgid: bool = False) -> str:
-    """An event in ftrace's text form (Documentation/trace/kprobetrace.rst).
+    """An event in ftrace's text form (Documentation/trace/kprobetrace.rst), with its stack.
 
     :param tgid: with the column that ftrace's option ``record-tgid`` gives
     """
@@ -48,14 +48,22 @@ def event_line(event: Event, style: Style = PLAIN, *, tgid: bool = False) -> str
     where = event.where
     if event.kind == "r" and event.return_address is not None:
         where = f"{event.return_where or hex(event.return_address)} <- {where.partition('+')[0]}"
-    fields = "".join(f" {name}={_coloured(value, style)}" for name, value in event.fields.items())
+    fields = "".join(
+        f" {name}={_coloured(value, style)}"
+        for name, value in event.fields.items()
+        if not isinstance(value, KernelStack)
+    )
     if event.duration_ns is not None:
         fields += f" duration_ns={_coloured(event.duration_ns, style)}"
     name = event.probe.removeprefix("kprobes/")
-    return (
-        f"{comm:>16}-{event.task.pid:<7} {group}[{event.cpu:03d}] {seconds:>13}: "
-        f"{style.name}{name}{style.reset}: ({where}){fields}"
-    )
+    head = f"{comm:>16}-{event.task.pid:<7} {group}[{event.cpu:03d}] {seconds:>13}: "
+    lines = [f"{head}{style.name}{name}{style.reset}: ({where}){fields}"]
+    for value in event.fields.values():
+        if isinstance(value, KernelStack):
+            # An event of its own, as trace_stack_print() in kernel/trace/trace_output.c has it.
+            lines.append(f"{head}<stack trace>")
+            lines += (f" => {style.value}{frame!s}{style.reset}" for frame in value)
+    return "\n".join(lines)
 
 
 class TextSink:
@@ -88,7 +96,7 @@ class TextSink:
             self._write_header()
 
     def write(self, events: Iterable[Event]) -> None:
-        """Write events, one a line."""
+        """Write events, one a line, and their stacks."""
         lines = [event_line(event, self._style, tgid=self._tgid) for event in events]
         if lines:
             self._events += len(lines)

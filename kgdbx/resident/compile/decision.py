@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 from kgdbx.resident.compile.link import Object
 
-__all__ = ("Decision", "HANDLER", "ORIGINAL", "UserCode", "jump_to", "return_at_once")
+__all__ = ("Decision", "HANDLER", "ORIGINAL", "STACK", "UserCode", "jump_to", "return_at_once")
 
 ORIGINAL = "kgdbx_original"
 """What a user's code calls the probed function as it is without our jump."""
+
+STACK = "kgdbx_stack"
+"""What a user's handler calls to have its call stack."""
 
 _MASK = (1 << 64) - 1
 

@@ -1,11 +1,13 @@
 """One field of a definition: the C that records it, and how its bytes are read again."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import drgn
 
-from kgdbx.probes.definition import FetchType, Field
+from kgdbx.probes.definition import STACK_DEPTH, FetchType, Field
 from kgdbx.probes.expression import (
     AtSymbol,
     Dereference,
@@ -20,6 +22,7 @@ from kgdbx.probes.fetch import (
     MAX_STRING_BYTES,
     FieldValue,
     Hex,
+    KernelStack,
     converter,
     decode_text,
     plain_value,
@@ -38,6 +41,7 @@ from kgdbx.resident.compile.values import (
 )
 from kgdbx.resident.layout import FieldLayout
 from kgdbx.resident.record import HEADER
+from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Recorded", "record_field")
 
@@ -79,6 +83,9 @@ def record_field(field: Field, lower: Lowering, scope: KernelScope, to: str) -> 
     shape = _Shape(field.name)
     if isinstance(expr, Special) and expr.name in _IN_HEADER:
         return _header(expr.name, type_, scope, shape)
+    if isinstance(expr, Special) and expr.name == "kstack":
+        depth = type_.count if type_ and type_.count else STACK_DEPTH
+        return _stack(depth, lower, scope.kernel, to, shape)
     if isinstance(expr, String):
         return shape.constant(expr.value)
     if is_text(expr):
@@ -146,6 +153,20 @@ class _Shape:
         layout = FieldLayout(self.name, 0, 0, kind, value=value)
         shown = Hex(value) if is_hex and isinstance(value, int) else value
         return Recorded(layout, lambda data: shown)
+
+
+def _stack(depth: int, lower: Lowering, kernel: Kernel, to: str, shape: _Shape) -> Recorded:
+    if kernel.object_address("stack_trace_save_regs") is None:
+        raise NotResident("this kernel was built without CONFIG_STACKTRACE")
+    lower.code.calls_kernel = True
+    lower.code.line(f"save_stack(c, (u64 *)({to}), {depth});")
+    symbolize = functools.lru_cache(maxsize=None)(kernel.symbolize)
+
+    def decode(data: bytes) -> FieldValue:
+        words = memoryview(data).cast("Q")
+        return KernelStack(symbolize(word) for word in itertools.takewhile(bool, words))
+
+    return Recorded(FieldLayout(shape.name, 0, 8 * depth, "stack", count=depth), decode)
 
 
 def _header(name: str, type_: FetchType | None, scope: KernelScope, shape: _Shape) -> Recorded:

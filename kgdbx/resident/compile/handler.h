@@ -49,6 +49,12 @@ static inline int kgdbx_return(struct pt_regs *regs, unsigned long value)
 	return 1;
 }
 
+/*
+ * The call stack of a handler's regs, innermost first, at most size addresses. Returns how many.
+ * Calls that return probes wait for are shown with the addresses to which they return in truth.
+ */
+unsigned int kgdbx_stack(const struct pt_regs *regs, unsigned long *store, unsigned int size);
+
 /* return kgdbx_jump(regs, address): another function of the same type runs in its place. */
 static inline int kgdbx_jump(struct pt_regs *regs, unsigned long address)
 {

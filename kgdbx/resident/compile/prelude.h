@@ -37,6 +37,7 @@ struct context {
 	const u8 *task;
 	const u64 *saved; /* at a return: what was kept at the entry */
 	u32 cpu;
+	u64 ip, bp; /* where a probe walks the stack */
 };
 
 /* A probe, in a data page of ours. The host writes it before the probe is reachable. */
@@ -48,7 +49,9 @@ struct probe {
 	u32 id;
 	u32 slot_bytes;
 	u64 address;
-	u64 spare[3];
+	u64 point;	    /* the address that was asked for: the jump can be a few bytes behind */
+	struct probe *next; /* return probes */
+	u64 spare;
 };
 
 struct counters {
@@ -107,24 +110,35 @@ long copy_from_user_nofault(void *to, const void *from, u64 size);
 long strncpy_from_kernel_nofault(char *to, const void *from, long count);
 long strncpy_from_user_nofault(char *to, const void *from, long count);
 
+/*
+ * Behind a call: the return address that it has left below the stack is taken away. A function that
+ * sleeps may keep old words in its frame, and would look as if it were to come back here.
+ */
+#define CALLED(call)                                                                               \
+	({                                                                                         \
+		typeof(call) result = call;                                                        \
+		__asm__ volatile("movq $0, -8(%%rsp)" : "+r"(result)::"memory");                   \
+		result;                                                                            \
+	})
+
 static __always_inline bool read_kernel(void *to, u64 from, u32 size)
 {
-	return !copy_from_kernel_nofault(to, (const void *)from, size);
+	return !CALLED(copy_from_kernel_nofault(to, (const void *)from, size));
 }
 
 static __always_inline bool read_user(void *to, u64 from, u32 size)
 {
-	return !copy_from_user_nofault(to, (const void *)from, size);
+	return !CALLED(copy_from_user_nofault(to, (const void *)from, size));
 }
 
 static __always_inline s64 string_kernel(char *to, u64 from, s64 size)
 {
-	return strncpy_from_kernel_nofault(to, (const void *)from, size);
+	return CALLED(strncpy_from_kernel_nofault(to, (const void *)from, size));
 }
 
 static __always_inline s64 string_user(char *to, u64 from, s64 size)
 {
-	return strncpy_from_user_nofault(to, (const void *)from, size);
+	return CALLED(strncpy_from_user_nofault(to, (const void *)from, size));
 }
 
 #define GS(type, at) (*(type __seg_gs *)(at))
@@ -329,6 +343,60 @@ static __always_inline void release_slot(struct slot *slot)
 	barrier();
 	*(volatile u64 *)&slot->task = 0;
 	*(volatile u64 *)&slot->busy = 0;
+}
+
+#define MOST_HOOKED 32
+
+extern struct probe *return_probes;
+
+u32 stack_trace_save_regs(const struct regs *regs, u64 *to, u32 size, u32 skip);
+
+/*
+ * The kernel's unwinder ends at an address that is not of its own text: while it walks, calls of
+ * this task that return probes wait for have their true return addresses on the stack.
+ */
+static __attribute__((noinline)) u32 walk_stack(const struct regs *regs, const u8 *task, u64 *to,
+						u32 size)
+{
+	struct {
+		u64 *place, others; /* all bits of what was there inverted, for the same reason */
+	} hooked[MOST_HOOKED];
+	u32 pid = *(const u32 *)(task + TASK_PID), count = 0, n, saved;
+	struct probe *p;
+
+	for (p = return_probes; p; p = p->next) {
+		for (n = 0; n < p->maxactive && count < MOST_HOOKED; n++) {
+			const struct slot *slot =
+				(const struct slot *)(p->slots + (u64)n * p->slot_bytes);
+			u64 *place = (u64 *)slot->place;
+
+			/* A task that died may have left its slot to another of the same address. */
+			if (slot->task != (u64)task || slot->pid != pid ||
+			    *place - WINDOW >= WINDOW_BYTES)
+				continue;
+			hooked[count].place = place;
+			hooked[count++].others = ~*place;
+			*place = true_return(*place);
+		}
+	}
+	barrier();
+	for (n = saved = CALLED(stack_trace_save_regs(regs, to, size, 0)); n < size; n++)
+		to[n] = 0;
+	barrier();
+	while (count--)
+		*hooked[count].place = ~hooked[count].others;
+	return saved;
+}
+
+/* The call stack, innermost first; what is left of its room is zeros. */
+static __always_inline void save_stack(const struct context *c, u64 *to, u32 size)
+{
+	const struct regs made = {
+		.bp = c->bp, .ip = c->ip, .cs = 0x10, .sp = c->sp, .ss = 0x18,
+	};
+
+	CALLED(walk_stack(c->regs ?: &made, c->task, to, size));
+	to[0] = c->ip;
 }
 
 /*

@@ -12,7 +12,7 @@ from kgdbx.resident.compile.decision import Decision
 from kgdbx.resident.ring import Stream
 from kgdbx.symbols.kernel import Kernel
 
-__all__ = ("KernelFacts", "RETURN_STUB_BYTES", "StubCall", "Unit")
+__all__ = ("KernelFacts", "RETURN_STUB_BYTES", "STACK_SOURCE", "StubCall", "Unit")
 
 RETURN_STUB_BYTES = 16
 
@@ -29,13 +29,25 @@ static __always_inline void fill_{n}(const struct context *c, u8 *rec)
 
 _ENTRY_CONTEXT = """\
 {{
-		.di = di, .si = si, .dx = dx, .cx = cx, .r8 = r8, .r9 = r9,{sp}
+		.di = di, .si = si, .dx = dx, .cx = cx, .r8 = r8, .r9 = r9,{frame}
 		.task = current_task(), .cpu = current_cpu(),
 	}}"""
 
 # Our frame, the return to the stub, and pp lie below it. Not for nothing: it takes a frame pointer.
 _SP = """
 		.sp = (u64)__builtin_frame_address(0) + 24,"""
+_ENTRY_STACK = """
+		.ip = p->point, .bp = *(u64 *)__builtin_frame_address(0),"""
+_RETURN_STACK = """
+		.ip = true_return(slot->ret_addr), .bp = *(u64 *)__builtin_frame_address(0),"""
+
+STACK_SOURCE = """\
+u32 kgdbx_stack(const struct regs *regs, u64 *to, u32 size)
+{
+	return CALLED(walk_stack(regs, current_task(), to, size));
+}
+"""
+"""What a user's handler calls to have its call stack."""
 
 _RECORD = """\
 	count_hit(p);
@@ -72,7 +84,7 @@ u64 decide_{n}(const struct regs *regs, struct probe *p)
 	const struct context c = {{
 		.di = regs->di, .si = regs->si, .dx = regs->dx, .cx = regs->cx, .r8 = regs->r8,
 		.r9 = regs->r9, .sp = regs->sp, .regs = regs, .task = current_task(),
-		.cpu = current_cpu(),
+		.cpu = current_cpu(), .ip = p->point,
 	}};
 	struct record *record;
 	u64 seq;
@@ -97,7 +109,7 @@ __handler void return_{n}(struct slot *slot, u64 ax, u64 rdx, u64 *place)
 {{
 	struct probe *p = slot->probe;
 	const struct context c = {{
-		.ax = ax, .rdx = rdx, .sp = (u64)(place + 1), .saved = slot->saved,
+		.ax = ax, .rdx = rdx, .sp = (u64)(place + 1), .saved = slot->saved,{frame}
 		.task = current_task(), .cpu = current_cpu(),
 	}};
 	struct return_record *record;
@@ -350,12 +362,16 @@ def _handler_text(number: int, kind: str, body: Body, stream: Stream) -> str:
         more=_RETURN_HEADER if is_return else "",
         stream=stream.arguments,
     )
-    uses_sp = is_return or "c->sp" in f"{body.condition}{body.fill}"
+    walks = "save_stack(" in body.fill
+    frame = _SP if walks or is_return or "c->sp" in f"{body.condition}{body.fill}" else ""
     fragments = _BODY.format(n=number, condition=body.condition or "\treturn 1;", fill=body.fill)
     return fragments + {"p": _ENTRY, "full": _FULL, "r": _RETURN}[kind].format(
         n=number,
         core=core,
-        context=_ENTRY_CONTEXT.format(sp=_SP if uses_sp else ""),
+        context=_ENTRY_CONTEXT.format(
+            frame=frame + (_ENTRY_STACK if walks and not is_return else "")
+        ),
+        frame=_RETURN_STACK if walks else "",
         saves="".join(f"\tslot->saved[{n}] = {e};\n" for n, e in enumerate(body.saves)),
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.errors import ProbeError
-from kgdbx.resident.compile.decision import ORIGINAL, UserCode
+from kgdbx.resident.compile.decision import ORIGINAL, STACK, UserCode
 from kgdbx.resident.compile.link import LinkError, Object, compile_file
 from kgdbx.symbols.elf import near_names
 from kgdbx.symbols.kernel import Function, Kernel
@@ -83,7 +83,9 @@ def check_symbols(code: UserCode, kernel: Kernel) -> None:
     :raises LinkError: for what it does not have, with the nearest names
     """
     missing = [
-        name for name in code.object.undefined if name != ORIGINAL and code.resolve(name) is None
+        name
+        for name in code.object.undefined
+        if name not in (ORIGINAL, STACK) and code.resolve(name) is None
     ]
     if missing:
         hints = [_hint(name, kernel) for name in missing]

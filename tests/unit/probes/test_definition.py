@@ -105,8 +105,8 @@ def test_text_parses_to_the_same_definition(definition: ProbeDefinition) -> None
 
 PIECES = (
     "p r w - p: r20: w:x -:g/n :x g/n f mod: f:12 f+0x10 +4 %return 0xffffffff81000000 vfs_* [a a "
-    "x=%di %di @s+4 +0(%si) :string :u8 :x8[4] :b4@2/8 $retval $vars $comm if (a + b) ( ) \" ' \\ "
-    '"s" = == 4096 99999999999999999999 é \0 \n \t r rw'
+    "x=%di %di @s+4 +0(%si) :string :u8 :x8[4] :b4@2/8 $kstack :8 $retval $vars $comm if "
+    '(a + b) ( ) " \' \\ "s" = == 4096 99999999999999999999 é \0 \n \t r rw'
 )
 
 
@@ -181,6 +181,11 @@ DI, SI, RETVAL = Register("di"), Register("si"), Special("retval")
         ("p f:12", probe("p", "f", line=12)),
         ("p m:f:0", probe("p", "f", line=0, module="m")),
         ("p foo.constprop.0+017", probe("p", "foo.constprop.0", offset_bytes=15)),
+        ("p f $kstack", probe("p", "f", ("$kstack", Special("kstack")))),
+        (
+            "r f at=$kstack:8",
+            probe("r", "f", ("at", Special("kstack"), FetchType("kstack", 8, count=8))),
+        ),
         ("p vfs_* $vars", probe("p", "vfs_*", ("$vars", Special("vars")))),
         ("p f if(a)", probe("p", "f", condition=Name("a"))),
         ("p f ifx", probe("p", "f", ("ifx", Name("ifx")))),
@@ -305,6 +310,9 @@ def test_globs() -> None:
         ("p f if 1 + $retval", "$retval has a value in a return probe (r) only", 11),
         ("p f+1 $arg1", "$arg1 has a value at the function's entry only", 6),
         ("w a $arg1", "$arg1 has a value at the function's entry only", 4),
+        ("p f $kstack:128", "a stack has 1 to 127 frames: $kstack:8", 12),
+        ("p f $kstack:u8", "a stack has 1 to 127 frames: $kstack:8", 12),
+        ("p f if $kstack", "$kstack is a field of its own, not part of an expression", 7),
         ("p f x=$vars", "stands for several fields and takes no name and no type", 6),
         ("p f $vars:u8", "stands for several fields and takes no name and no type", 4),
         ("p f ($vars+1)", "$vars is a field of its own, not part of an expression", 5),

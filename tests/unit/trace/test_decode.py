@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kgdbx.probes.fetch import FieldValue, Hex, Unreadable
+from kgdbx.probes.fetch import FieldValue, Hex, KernelStack, Unreadable
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.compile.code import DIVISION_BY_ZERO
 from kgdbx.resident.layout import FieldLayout, ProbeLayout
@@ -42,6 +42,7 @@ Make = Callable[..., bytes]
         ("raw", b"\x00\x01", {"type_name": "short"}, b"\x00\x01"),
         ("s", b"\xff\x01", {"count": 2}, [-1, 1]),
         ("string", b"a\0b\0", {"count": 2}, ["a", "b"]),
+        ("stack", b"\1\0\0\0\0\0\0\x80" + bytes(8), {"count": 2}, KernelStack([Hex(1 << 63 | 1)])),
     ],
 )
 def test_fields(kind: str, data: bytes, options: dict[str, object], value: FieldValue) -> None:

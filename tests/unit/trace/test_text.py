@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import Hex, Unreadable
+from kgdbx.probes.fetch import Hex, KernelStack, Unreadable
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.text import Style, TextSink, event_line
 
@@ -45,6 +45,16 @@ def test_returns(event: Make) -> None:
     unknown = event(kind="r", return_address=0xFF1F)
     assert "(0xff1f <- do_sys_openat2)" in event_line(unknown)
     assert "duration" not in event_line(unknown)
+
+
+def test_stacks_are_events_of_their_own(event: Make) -> None:
+    stack = KernelStack(["f+0x1/0x2 [xfs]", Hex(0x10)])
+    lines = event_line(event(fields={"$kstack": stack, "dfd": 3})).splitlines()
+    assert [line.partition(": ")[2] for line in lines[:2]] == [
+        "opened: (do_sys_openat2+0x0/0x2c) dfd=3",
+        "<stack trace>",
+    ]
+    assert lines[2:] == [" => f+0x1/0x2 [xfs]", " => 0x10"]
 
 
 def test_a_guest_cannot_break_lines_or_reach_the_terminal(event: Make) -> None:

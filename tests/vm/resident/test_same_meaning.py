@@ -38,6 +38,10 @@ DEFINITIONS = {
     "returned_pointer": "r do_filp_open $retval f=$retval->f_flags dfd",
     "returned_void": "r fd_install fd f=file->f_flags",
     "returned_opened": "r do_dentry_open $retval f->f_inode->i_ino $arg2",
+    "call_stack": f"p {OPEN} $kstack short=$kstack:2",
+    "inner_call_stack": "p do_dentry_open $kstack:32",
+    "inside_call_stack": "p do_dentry_open+0x5 $kstack",
+    "returned_stack": "r do_filp_open $kstack",
     "condition": f"p {OPEN} dfd if how->flags & 0x8000 && dfd == -100",
     "by_name": f'p {OPEN} $pid if $comm == "opener-1"',
     "by_pattern": f'p {OPEN} $pid if $comm ~ "opener-*" && !(dfd > 0)',
@@ -121,3 +125,16 @@ def test_both_tiers_see_the_same(guest_of: GuestOf, kernel: str) -> None:
     assert len(both["by_result"][1]) == 4
     assert both["faulting"] == ([], [])
     assert str(both["unreadable"][1][0].fields["bad"]) == "(fault)"
+    # Return probes wait for most of these calls: the stacks are whole all the same.
+    for name, innermost in (
+        ("call_stack", OPEN),
+        ("inner_call_stack", "do_dentry_open"),
+        ("returned_stack", OPEN),
+    ):
+        stacks = [event.fields["$kstack"] for event in both[name][1]]
+        assert {stack[0].partition("+")[0] for stack in stacks} == {innermost}, name
+        assert {stack[-1].partition("+")[0] for stack in stacks} == {
+            "entry_SYSCALL_64_after_hwframe"
+        }, (name, stacks[0])
+    whole, short = both["call_stack"][1][0].fields.values()
+    assert short == whole[:2]

@@ -156,6 +156,24 @@ def test_handler_counts_and_changes_an_argument(
     assert (probe.kind, probe.decided) == ("c", 0)
 
 
+def test_handler_sees_its_call_stack(guest: Any, source: Callable[[str], Path]) -> None:
+    path = source(
+        "unsigned long found[8];\n"
+        "int handler(struct pt_regs *regs)\n"
+        "{\n"
+        "\tunsigned int n = kgdbx_stack(regs, found, 8);\n"
+        "\treturn kgdbx_return(regs, n == 3 && found[0] == regs->ip ? found[1] : 0);\n"
+        "}\n"
+    )
+    events: list[Event] = []
+    guest.session.event_listeners.append(events.append)
+    # The stub of the return probe stands where the first return address is looked for.
+    guest.session.define(f"r:back {GETPGID} by=$retval:symbol")
+    guest.session.replace(GETPGID, path)
+    guest.run("caller 1 3")
+    assert [e.fields["by"].partition("+")[0] for e in events] == ["do_syscall_64"] * 3
+
+
 @pytest.mark.parametrize("kernel", ["6.1", "6.12"])
 def test_handler_returns_or_jumps(
     guest_of: GuestOf, source: Callable[[str], Path], kernel: str
