@@ -12,7 +12,8 @@ __all__ = ("gdb_argv",)
 def gdb_argv(*, load: bool = False) -> list[str]:
     """The start of a gdb command line, with this Python's packages on gdb's ``sys.path``.
 
-    gdb's Python must be of the same minor version as this one; see ``kgdbx doctor``.
+    gdb's Python must be of the same minor version as this one; see ``kgdbx doctor``. gdb keeps its
+    index of a vmlinux in its own cache, so that it is read in a second from the second time on.
 
     :param load: register kgdbx's commands too
     """
@@ -23,4 +24,5 @@ def gdb_argv(*, load: bool = False) -> list[str]:
     code += "; import kgdbx.gdb"
     if load:
         code += ", kgdbx.gdb.load; kgdbx.gdb.load.load()"
-    return [os.environ.get("KGDBX_GDB", "gdb"), "-nx", "-q", "-iex", f"python {code}"]
+    index = ["-iex", "set index-cache enabled on"]
+    return [os.environ.get("KGDBX_GDB", "gdb"), "-nx", "-q", *index, "-iex", f"python {code}"]
