@@ -31,6 +31,14 @@ class Recovery:
     freed_bytes: int = 0
     conflicts: list[str] = field(default_factory=list)
 
+    def __add__(self, other: "Recovery") -> "Recovery":
+        return Recovery(
+            self.patches + other.patches,
+            self.returns + other.returns,
+            self.freed_bytes + other.freed_bytes,
+            self.conflicts + other.conflicts,
+        )
+
     @property
     def text(self) -> str:
         """All of it, for users: one line, and one for each conflict."""

@@ -1,5 +1,6 @@
 """Which definitions run inside the guest, and what keeps the others from it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,13 +69,28 @@ class ResidentTier:
             raise NotResident("the kernel has not booted")
 
     def recover(self) -> Recovery | None:
-        """Put back what a session that was killed left in the guest; None if there is nothing.
+        """Put back what sessions that were killed left in the guest; None if there is nothing.
 
-        :raises CommandError: if its journal cannot be used
+        What could not be put back is tried again the next time: its journal is kept under a name
+        of its own, for this session writes another.
+
+        :raises CommandError: if a journal cannot be used
         """
-        if self._journal is None or not self._journal.exists():
+        if self._journal is None:
             return None
-        return recover(self._kernel, self._journal, self._dispatch, self.engine.wait_until_unused)
+        kept = sorted(self._journal.parent.glob(f"{self._journal.name}.*"))
+        done: Recovery | None = None
+        for path in (self._journal, *kept):
+            if path.exists():
+                unused = self.engine.wait_until_unused
+                found = recover(self._kernel, path, self._dispatch, unused)
+                done = found if done is None else done + found
+        if self._journal.exists():
+            names = (
+                self._journal.with_name(f"{self._journal.name}.{n}") for n in itertools.count(1)
+            )
+            self._journal.rename(next(name for name in names if not name.exists()))
+        return done
 
     def events(self, *, final: bool = False) -> Iterator[Event]:
         """What happened since, in order.

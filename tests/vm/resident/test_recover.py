@@ -157,19 +157,30 @@ def test_journal_of_another_boot(clone_of: Callable[..., Vm]) -> None:
     assert not journal.exists()
 
 
-def test_what_does_not_agree_stays(clone_of: Callable[..., Vm]) -> None:
+def test_what_does_not_agree_stays_and_is_tried_again(clone_of: Callable[..., Vm]) -> None:
     vm = clone_of("6.1", 2)
-    kill_holder(vm)
-    journal: Path = vm.info.journal
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    patch = next(line for line in lines if "patch" in line)
     with Session.attach_vm(vm.info) as session:
         before = text_of(session)
+    kill_holder(vm)
+    journal: Path = vm.info.journal
+    true = journal.read_text()
+    lines = [json.loads(line) for line in true.splitlines()]
     # As if someone else had patched the same place since.
-    patch["from"], patch["to"] = "9090909090", "cccccccccc"
-    journal.write_text("".join(json.dumps(line) + "\n" for line in (lines[0], patch)))
+    for line in lines:
+        if "patch" in line:
+            line["from"], line["to"] = "9090909090", "cccccccccc"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Session.attach_vm(vm.info) as session:
+        assert session.recovery is not None and session.recovery.patches == 0
+        assert "left as it is" in session.recovery.conflicts[0]
+        assert text_of(session) != before
+        session.define("r vfs_read", tier="resident")
+        session.run(timeout_s=0.1)
+    kept = journal.with_name(f"{journal.name}.1")
+    assert kept.exists() and not journal.exists()
+    kept.write_text(true)
     with Session.attach_vm(vm.info) as session:
         assert session.recovery is not None
-        (conflict,) = session.recovery.conflicts
-        assert conflict.startswith("do_nanosleep+0x") and "left as it is" in conflict
+        assert (session.recovery.patches, session.recovery.conflicts) == (1, [])
         assert text_of(session) == before
+    assert not kept.exists()
