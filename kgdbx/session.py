@@ -100,6 +100,7 @@ class Session:
         self._stop_hooks: list[Callable[[Session], Any]] = []
         self._emitted = 0
         self._limit: int | None = None
+        self._on_panic: Callable[[], None] | None = None
         self._stop_on: set[str] = set()
         self._closed = False
 
@@ -360,7 +361,7 @@ class Session:
         """Let the kernel run and its probes fire.
 
         Ends at the first of: ``^C``, the time, the number of events, the end of a command in the
-        guest, or a hit that asks for a stop. The kernel stands afterwards.
+        guest, a panic, or a hit that asks for a stop. The kernel stands afterwards.
 
         :param timeout_s: seconds
         :param count: events
@@ -374,6 +375,7 @@ class Session:
         done = self._done = threading.Event()
         self.target.forget_stop_request()
         self._events.hurry = False
+        self._on_panic = None if self.kernel.panicked else done.set
         try:
             with (
                 stop_on_signals(self.target, done, self._events),
@@ -417,10 +419,18 @@ class Session:
         if not self.target.running:
             self.probes.settle()
         self._take_resident()
+        if self._on_panic is not None and self._panicked():
+            self._on_panic()
+            self.target.request_stop()
         for hook in tuple(self.idle_hooks):
             hook()
         self._events.deliver()
         self._events.raise_error()
+
+    def _panicked(self) -> bool:
+        capabilities = self.target.capabilities
+        readable = capabilities.reads_while_running or not self.target.running
+        return readable and self.kernel.panicked
 
     @property
     def limit_reached(self) -> bool:

@@ -218,6 +218,8 @@ class Engine:
     def close(self) -> None:
         """Take everything out and give the guest its memory back.
 
+        A guest that has panicked gets its code back; its memory is of no use to it any more.
+
         :raises ProbeError: if something of ours is still in use in the guest after 10 s; what is
             left does nothing, and stays until the guest reboots
         """
@@ -225,6 +227,9 @@ class Engine:
         if holding is None:
             return
         self.uninstall(tuple(self.programs.values()))
+        if self.kernel.panicked:
+            self._let_go(holding)
+            return
         code = holding.code.ranges
         if not self.wait_until_unused(code, lambda: self._restore_returns(self._ever)):
             holding.journal.leave()
@@ -236,6 +241,9 @@ class Engine:
         self.host.forget()
         memory = holding.memory
         self._caller.run(memory.give_back(memory.blocks, memory.percpu))
+        self._let_go(holding)
+
+    def _let_go(self, holding: Holding) -> None:
         holding.journal.close()
         self._holding = None
         self._ever.clear()

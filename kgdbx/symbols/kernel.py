@@ -21,6 +21,7 @@ from kgdbx.target.base import Target
 
 __all__ = ("Function", "Kernel")
 
+_PANIC_CPU_INVALID = b"\xff\xff\xff\xff"  # include/linux/panic.h
 _PERCPU_END = 1 << 32  # per-CPU symbols are offsets and do not move with KASLR
 
 
@@ -116,6 +117,23 @@ class Kernel:
         """Note a stop: an early kernel may have set up its final page tables since the last."""
         if not self.memory.booted:
             self.memory.attach(self._ram_end)
+
+    @property
+    def panicked(self) -> bool:
+        """Whether a CPU has called ``panic()``: ``panic_cpu`` of kernel/panic.c is set there.
+
+        Linux kernel commit 1717f2096b54 ("panic, x86: Fix re-entrance problem due to panic on
+        NMI") (in v4.5); an older kernel never says so.
+        """
+        address = self._panic_cpu
+        return address is not None and self.memory.read(address, 4) != _PANIC_CPU_INVALID
+
+    @functools.cached_property
+    def _panic_cpu(self) -> int | None:
+        try:
+            return self.address("panic_cpu")
+        except SymbolError:
+            return None
 
     def address(self, name: str) -> int:
         """Running address of a symbol of vmlinux.

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.machine.vm import Vm
@@ -197,3 +198,17 @@ def test_recording_says_the_same_as_the_events(vm: Vm, tmp_path: Path) -> None:
         # What the kernel's types are needed for stays bytes in a recording.
         assert event["fields"].pop("*how") != same["fields"].pop("*how")
         assert event == same
+
+
+def test_last_events_before_a_panic(clone_of: Callable[..., Vm]) -> None:
+    vm = clone_of("6.1", 2, append="panic=0")
+    crash = f"opener 2 {CALLS}; echo c > /proc/sysrq-trigger"
+    done = trace(
+        "--vm", vm.name, "-f", "$comm", "__x64_sys_openat", "sysrq_handle_crash", "-e", crash
+    )
+    assert done.returncode == 1
+    assert "the kernel has panicked; these were its last events" in done.stderr
+    opened = [line for line in done.stdout.splitlines() if 'comm="opener-' in line]
+    assert len(opened) == CALLS
+    assert "sysrq_handle_crash: (sysrq_handle_crash+0x0/" in done.stdout.splitlines()[-1]
+    assert not vm.info.journal.exists()

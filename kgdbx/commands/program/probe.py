@@ -54,11 +54,12 @@ def open_session(args: argparse.Namespace) -> Session:
 def run_session(session: Session, args: argparse.Namespace) -> int:
     """Let the kernel run as long as the options say.
 
-    :return: exit status of the guest command; 0 if there is none, or the run ended before it
+    :return: exit status of the guest command; 0 if there is none, or the run ended before it;
+        1 if the kernel panicked
     """
     if not args.exec:
         session.run(timeout_s=args.duration, count=args.count)
-        return 0
+        return _panicked(session)
     command = find_vm(args.vm).start(args.exec)
     try:
         session.run(timeout_s=args.duration, count=args.count, command=command)
@@ -66,9 +67,15 @@ def run_session(session: Session, args: argparse.Namespace) -> int:
         sys.stderr.write(command.output.decode(errors="replace"))
         if status:
             print(f"kgdbx: the guest command ended with status {status}", file=sys.stderr)
-        return status or 0
+        return status or _panicked(session)
     finally:
         command.discard()
+
+
+def _panicked(session: Session) -> int:
+    if session.kernel.panicked:
+        print("kgdbx: the kernel has panicked; these were its last events", file=sys.stderr)
+    return int(session.kernel.panicked)
 
 
 @PROGRAM_COMMANDS.command(
