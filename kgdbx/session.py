@@ -484,10 +484,10 @@ class Session:
                 resident = self.resident.probe(definition, inlined_copies=inlined_copies)
                 return self.probes.register(resident)
             except _NOT_RESIDENT as e:
-                if tier == "resident":
+                if tier == "resident" or definition.aggregation is not None:
                     raise
                 reason = str(e)
-        elif tier == "resident":
+        elif tier == "resident" or definition.aggregation is not None:
             raise ProbeError(f"{definition.event_name} cannot run in the guest: {reason}")
         probe = probe_from_definition(definition, self.kernel, self._emit, hardware=hardware)
         probe.tier_reason = reason

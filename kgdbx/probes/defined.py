@@ -34,6 +34,8 @@ def probe_from_definition(
     """
     if definition.is_glob or definition.kind == "-":
         raise ProbeError(f"{definition.text!r} is not one probe")
+    if definition.aggregation is not None:
+        raise ProbeError("an aggregation runs inside the kernel only", errno.EOPNOTSUPP)
     if definition.kind == "w":
         return _watch(definition, kernel, emit)
     if definition.kind == "r":
@@ -219,6 +221,11 @@ def _check_names(
     for node in _nodes(fields, definition.condition):
         if isinstance(node, Special) and node.name == "retval" and definition.kind != "r":
             raise ProbeError("$retval is for return probes: r FUNCTION ... $retval", errno.EINVAL)
+        if isinstance(node, Special) and node.name == "duration_ns":
+            raise ProbeError(
+                "$duration_ns is known inside the kernel only: its clock stands still at a stop",
+                errno.EOPNOTSUPP,
+            )
         if not isinstance(node, Name) or node.name in arguments or (point and not at_entry):
             continue
         try:

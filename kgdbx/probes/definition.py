@@ -9,6 +9,9 @@
     w[:[GRP/]NAME] EXPR[:SIZE] [r|w|rw] [FIELD ...] [if CONDITION]
     -:[GRP/]NAME
 
+In place of fields a ``p`` or ``r`` can have an aggregation as in bpftrace, ``@NAME[KEY, ...] =
+FUNCTION(EXPR)``: hits are then summed up in a map, see :mod:`kgdbx.probes.aggregation`.
+
 FUNC may be a pattern with ``* ? [...]``. A FIELD is ``[NAME=]EXPR[:TYPE]``; white space separates
 fields, so an expression with spaces goes into parentheses. ``w`` watches the memory of EXPR, or
 the memory at EXPR if that is a number.
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Literal as OneOf
 
 from kgdbx.errors import DefinitionError
+from kgdbx.probes.aggregation import AGGREGATION, FUNCTIONS, MAX_KEYS, Aggregation, split_list
 from kgdbx.probes.expression import (
     Expr,
     Literal,
@@ -62,6 +66,7 @@ _EVENT_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _MODULE = re.compile(r"([A-Za-z_][\w-]*):(?=[A-Za-z_*?\[])", re.ASCII)
 _FUNCTION = re.compile(r"(?:[A-Za-z_*?]|\[[^\]\s]+\])(?:[\w.*?]|\[[^\]\s]+\])*", re.ASCII)
 _NUMBER = re.compile(r"\d\w*", re.ASCII)
+_SIGNED = re.compile(r"-?(?:0x[0-9a-fA-F]+|[1-9]\d*|0)", re.ASCII)
 _SPACE = re.compile(r"[ \t]|$")
 _FIELD_NAME = re.compile(r"([A-Za-z_]\w*)=(?!=)", re.ASCII)
 _IF = re.compile(r"if(?=[ \t(]|$)")
@@ -71,6 +76,8 @@ _TYPE = re.compile(
     re.ASCII,
 )
 _WHOLE_FIELD = frozenset(("params", "vars"))
+_OWN_FIELD = _WHOLE_FIELD | {"func", "kstack"}
+_STEPS_LIMIT = 1000  # of lhist, as in bpftrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,11 @@ class Field:
     expression: Expr
     type: FetchType | None = None
 
+    def __str__(self) -> str:
+        text = format_expression(self.expression, spaces=False)
+        name = "" if self.name == text else f"{self.name}="
+        return name + text + (f":{self.type}" if self.type else "")
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeDefinition:
@@ -134,6 +146,7 @@ class ProbeDefinition:
     :ivar watch: whose memory to watch
     :ivar size_bytes: how much to watch; None for the size of the type
     :ivar access: r, w or rw: which accesses a watch reports
+    :ivar aggregation: what to sum up in place of fields
     :ivar text: as it was written; not part of equality
     """
 
@@ -151,6 +164,7 @@ class ProbeDefinition:
     access: OneOf["r", "w", "rw"] = "w"
     fields: tuple[Field, ...] = ()
     condition: Expr | None = None
+    aggregation: Aggregation | None = None
     text: str = field(default="", compare=False)
 
     @property
@@ -222,6 +236,7 @@ class _Parser:
         self.scanner = Scanner(text)
         self.is_entry = False  # $argN has a meaning
         self.is_return = False  # $retval has a meaning
+        self.map: Aggregation | None = None
 
     def definition(self) -> ProbeDefinition:
         scanner = self.scanner
@@ -306,7 +321,7 @@ class _Parser:
         if is_inside and function and any(c in function for c in "*?["):
             raise scanner.error("a pattern takes no offset and no line", place)
         self.is_return, self.is_entry = is_return, not is_inside
-        fields, condition = self.tail()
+        fields, condition = self.tail(aggregates=True)
         return ProbeDefinition(
             kind="r" if is_return else "p",
             group=group,
@@ -319,6 +334,7 @@ class _Parser:
             maxactive=maxactive,
             fields=fields,
             condition=condition,
+            aggregation=self.map,
             text=scanner.text,
         )
 
@@ -366,20 +382,94 @@ class _Parser:
             text=scanner.text,
         )
 
-    def tail(self) -> tuple[tuple[Field, ...], Expr | None]:
+    def tail(self, *, aggregates: bool = False) -> tuple[tuple[Field, ...], Expr | None]:
         text = self.scanner.text
         fields: dict[str, Field] = {}
-        for start, end in split_words(text, self.scanner.position):
+        words = split_words(text, self.scanner.position)
+        while words:
+            start, end = words.pop(0)
             if _IF.match(text, start):
                 return tuple(fields.values()), self.condition(start + 2)
-            each = self.field(Scanner(text, start, end))
-            if each.name in fields:
-                message = f"the name '{each.name}' is already used; write other={text[start:end]}"
+            match = AGGREGATION.match(text, start) if aggregates else None
+            if match is not None:
+                words = split_words(text, self.aggregation(match))
+            else:
+                self.add_field(fields, Scanner(text, start, end))
+            if fields and self.map is not None:
+                message = "an aggregation takes no fields; put them between its brackets"
                 raise DefinitionError(message, text, start)
-            if len(fields) == _MAX_FIELDS:
-                raise DefinitionError(f"a probe has at most {_MAX_FIELDS} fields", text, start)
-            fields[each.name] = each
         return tuple(fields.values()), None
+
+    def add_field(self, fields: dict[str, Field], word: Scanner) -> None:
+        text, start = self.scanner.text, word.position
+        each = self.field(word)
+        if each.name in fields:
+            message = (
+                f"the name '{each.name}' is already used; write other={text[start : word.end]}"
+            )
+            raise DefinitionError(message, text, start)
+        if len(fields) == _MAX_FIELDS:
+            raise DefinitionError(f"a probe has at most {_MAX_FIELDS} fields", text, start)
+        fields[each.name] = each
+
+    def aggregation(self, match: re.Match[str]) -> int:
+        """Read one; where it ends."""
+        text, scanner = self.scanner.text, self.scanner
+        if self.map is not None:
+            raise scanner.error("a probe has one aggregation", match.start())
+        keys: dict[str, Field] = {}
+        if match["keys"] is not None:
+            for start, end in split_list(text, *match.span("keys")):
+                self.add_field(keys, Scanner(text, start, end))
+        if len(keys) > MAX_KEYS:
+            raise scanner.error(f"a map has at most {MAX_KEYS} keys", match.start("keys"))
+        if whole := [key for key in keys.values() if _is_special(key.expression, *_WHOLE_FIELD)]:
+            raise scanner.error(f"{whole[0].name} is no key", match.start("keys"))
+        name = match["function"]
+        if name not in FUNCTIONS:
+            known = " ".join(FUNCTIONS)
+            raise scanner.error(f"expected one of {known}", match.start("function"))
+        words = split_words(text, match.end() - 1)
+        close = words[0][1] - 1 if words else match.end()
+        if text[close : close + 1] != ")" or close < match.end():
+            raise scanner.error("this parenthesis is not closed", match.end() - 1)
+        value, steps = self.summed(name, match.end(), close)
+        self.map = Aggregation(match["name"] or "", tuple(keys.values()), name, value, steps)
+        return close + 1
+
+    def summed(
+        self, function: str, start: int, end: int
+    ) -> tuple[Expr | None, tuple[int, int, int] | None]:
+        # What stands in the parentheses of a map's function.
+        text, scanner = self.scanner.text, self.scanner
+        items = [each for each in split_list(text, start, end) if each[0] < each[1]]
+        wanted = {"count": 0, "lhist": 4}.get(function, 1)
+        if len(items) != wanted:
+            forms = {"count": "count()", "lhist": "lhist(EXPR, MIN, MAX, STEP)"}
+            form = forms.get(function, f"{function}(EXPR)")
+            raise scanner.error(f"expected {form}", start)
+        if not items:
+            return None, None
+        word = Scanner(text, *items[0])
+        value = self.checked(read_expression(word))
+        if word.position < word.end:
+            raise word.expected("an operator or ')'")
+        if is_text(value):
+            raise scanner.error("a string is no number; make it a key", items[0][0])
+        if function != "lhist":
+            return value, None
+        numbers = []
+        for item in items[1:]:
+            match = _SIGNED.fullmatch(text, *item)
+            if match is None:
+                raise scanner.error("expected a number", item[0])
+            numbers.append(int(match[0], 0))
+        least, most, step = numbers
+        if step <= 0 or most <= least or (most - least) % step:
+            raise scanner.error("STEP has to divide MAX - MIN, and MAX be above MIN", start)
+        if (most - least) // step > _STEPS_LIMIT:
+            raise scanner.error(f"a histogram has at most {_STEPS_LIMIT} steps", start)
+        return value, (least, most, step)
 
     def condition(self, position: int) -> Expr:
         scanner = Scanner(self.scanner.text, position)
@@ -394,7 +484,7 @@ class _Parser:
         expression = read_expression(word)
         is_stack = _is_special(expression, "kstack")
         is_whole = _is_special(expression, *_WHOLE_FIELD)
-        if not is_whole and not is_stack:
+        if not _is_special(expression, *_OWN_FIELD):
             self.checked(expression)
         elif is_whole and (name or word.position < word.end):
             raise word.error("stands for several fields and takes no name and no type", column)
@@ -433,6 +523,8 @@ class _Parser:
             if not wide or low + wide > int(container):
                 raise word.error(f"the bits do not fit into {container}", column)
             result = FetchType("b", int(container) // 8, low, wide, count)
+        if _is_special(expression, "func"):
+            raise word.error("$func takes no type", column)
         if is_text(expression) and (not result.is_string or count is not None):
             raise word.error("a string takes the types string and ustring only", column)
         if count is not None and (
@@ -450,7 +542,9 @@ class _Parser:
                 message = "$retval has a value in a return probe (r) only"
             elif node.name == "arg" and not self.is_entry:
                 message = f"$arg{node.index} has a value at the function's entry only"
-            elif node.name in _WHOLE_FIELD or node.name == "kstack":
+            elif node.name == "duration_ns" and not self.is_return:
+                message = "$duration_ns has a value in a return probe (r) only"
+            elif node.name in _OWN_FIELD:
                 message = f"${node.name} is a field of its own, not part of an expression"
             else:
                 continue
@@ -479,9 +573,8 @@ def _format_parts(definition: ProbeDefinition) -> Iterator[str]:
         offset = f"+{definition.offset_bytes:#x}" if definition.offset_bytes else ""
         line = "" if definition.line is None else f":{definition.line}"
         yield f"{module}{definition.function}{offset}{line}"
-    for each in definition.fields:
-        text = format_expression(each.expression, spaces=False)
-        name = "" if each.name == text else f"{each.name}="
-        yield name + text + (f":{each.type}" if each.type else "")
+    yield from map(str, definition.fields)
+    if definition.aggregation is not None:
+        yield str(definition.aggregation)
     if definition.condition is not None:
         yield f"if {format_expression(definition.condition)}"

@@ -40,6 +40,8 @@ SPECIALS = {
     "arg": "argument of the function, counted from 1",
     "comm": "name of the current task, a string",
     "cpu": "number of the CPU",
+    "duration_ns": "nanoseconds since the call; only in return probes inside the kernel",
+    "func": "name of the probed function; only as a whole field",
     "kstack": "the kernel's call stack, innermost first; only as a whole field",
     "params": "every parameter of the function; only as a whole field",
     "pid": "thread ID of the current task",
@@ -214,7 +216,7 @@ _MAX_NODES = 200
 _INFIX = re.compile(r"->|<<|>>|[<>=!]=|&&|\|\||[-+*/%&|^~<>?.\[]")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SYMBOL = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
-_SPECIAL = re.compile(r"\$([a-z]+)(\d*)(?!\w)", re.ASCII)
+_SPECIAL = re.compile(r"\$([a-z]+(?:_[a-z]+)*)(\d*)(?!\w)", re.ASCII)
 _DEREFERENCE = re.compile(r"([-+])(u?)(\d\w*)\(", re.ASCII)
 _OFFSET = re.compile(r"([-+])(\d\w*)", re.ASCII)
 _ESCAPED = re.compile(r'[\x00-\x1f\x7f"\\]')

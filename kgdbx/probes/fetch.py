@@ -115,6 +115,9 @@ class Scope(Protocol):
     def special(self, name: str, index: int | None) -> drgn.Object | int | str:
         """Value of ``$name`` or ``$nameN``; see :data:`~kgdbx.probes.expression.SPECIALS`."""
 
+    def func(self) -> str:
+        """Name of the probed function."""
+
     def kstack(self, depth: int) -> list[str]:
         """The innermost *depth* frames of the kernel's stack, as symbols with offsets."""
 
@@ -376,6 +379,8 @@ def _fetcher(each: Field) -> Callable[[Scope], FieldValue]:
     if isinstance(expr, Special) and expr.name == "kstack":
         depth = to.count if to and to.count else STACK_DEPTH
         return lambda scope: KernelStack(scope.kstack(depth))
+    if isinstance(expr, Special) and expr.name == "func":
+        return lambda scope: scope.func()
     if to is None:
         return _untyped(expr)
     if is_text(expr):

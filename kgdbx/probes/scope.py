@@ -44,6 +44,9 @@ class KernelScope:
     def special(self, name: str, index: int | None) -> drgn.Object | int | str:
         raise ProbeError(f"there is no ${name} outside of a hit")
 
+    def func(self) -> str:
+        raise ProbeError("there is no $func outside of a hit")
+
     def kstack(self, depth: int) -> list[str]:
         raise ProbeError("there is no $kstack outside of a hit")
 
@@ -111,6 +114,9 @@ class HitScope(KernelScope):
         return {"comm": hit.task.comm, "pid": hit.task.pid, "tgid": hit.task.tgid, "cpu": hit.cpu}[
             name
         ]
+
+    def func(self) -> str:
+        return self._symbolize(self._now.address).partition("+")[0]
 
     def kstack(self, depth: int) -> list[str]:
         addresses: list[int] = []

@@ -136,9 +136,10 @@ def _add_handler(unit: Unit, holding: Holding, program: Program) -> None:
         assert holding.bells is not None
         program.handler = unit.bell(holding.bells.address, holding.bells.watched)
         return
-    assert program.stream is not None
+    to = program.table or program.stream
+    assert to is not None
     kind = "full" if program.keeps_all else program.kind
-    program.handler = unit.handler(kind, program.body, program.stream)
+    program.handler = unit.handler(kind, program.body, to)
     if program.kind == "r":
         unit.return_stubs(
             program.id, program.handler, program.slots, program.maxactive, program.slot_bytes

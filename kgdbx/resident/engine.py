@@ -9,6 +9,7 @@ from kgdbx.errors import MemoryFault, ProbeError
 from kgdbx.resident.bells import Bells
 from kgdbx.resident.build import Builder, jump
 from kgdbx.resident.clock import IDENTITY, Clock
+from kgdbx.resident.compile.aggregate import MapShape
 from kgdbx.resident.guest_call import GuestCaller
 from kgdbx.resident.holding import Holding, take_hold
 from kgdbx.resident.host import HostView
@@ -23,6 +24,7 @@ from kgdbx.resident.returns import (
     true_return,
 )
 from kgdbx.resident.ring import RING_BYTES, Batch, Stream
+from kgdbx.resident.table import Table
 from kgdbx.symbols.blacklist import Blacklist
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.memory import KernelMemory
@@ -263,6 +265,10 @@ class Engine:
     def lost(self) -> int:
         """Records that were lost so far because a ring was full, or overwritten."""
         return sum(stream.lost(self.host) for stream in self._streams)
+
+    def table(self, shape: MapShape) -> Table | None:
+        """The tables of a map, if any probe has added to it."""
+        return self._holding.tables.get(shape) if self._holding is not None else None
 
     def counts(self, program: Program) -> Counts:
         """What the guest counted of a probe."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from kgdbx.errors import ProbeError
 from kgdbx.resident.bells import Bells, make_bells
 from kgdbx.resident.clock import Clock, clock_from_sample
+from kgdbx.resident.compile.aggregate import MapShape
 from kgdbx.resident.compile.unit import KernelFacts
 from kgdbx.resident.guest_call import Call, GuestCaller, Script
 from kgdbx.resident.heap import Heap
@@ -16,6 +17,7 @@ from kgdbx.resident.memory import GuestMemory, Window
 from kgdbx.resident.program import Program, user_code
 from kgdbx.resident.returns import NEXT_AT, SLOT_BYTES
 from kgdbx.resident.ring import Stream, make_stream, slot_size
+from kgdbx.resident.table import CONTROL_BYTES, Table, make_table
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Holding", "take_hold")
@@ -31,6 +33,7 @@ class Holding:
 
     :ivar per_cpu_offsets: ``__per_cpu_offset`` of each CPU
     :ivar streams: rings by the size of their slots
+    :ivar tables: what hits are summed up in
     :ivar symbols: addresses of our own code and data
     :ivar handlers: numbers of the handlers that are there already
     """
@@ -55,6 +58,7 @@ class Holding:
         self.code = Heap(memory, window)
         self.data = Heap(memory, window)
         self.streams: dict[int, Stream] = {}
+        self.tables: dict[MapShape, Table] = {}
         self.bells: Bells | None = None
         self.clock: Clock | None = None
         self.symbols: dict[str, int] = {}
@@ -82,9 +86,14 @@ class Holding:
             if program.kind == "r" and program.body is not None:
                 program.slot_bytes = SLOT_BYTES + 8 * len(program.body.saves)
         controls = _RING_CONTROL_BYTES * cpus
-        sizes = {slot_size(p.body.record_bytes) for p in programs if p.body} - set(self.streams)
+        bodies = [program.body for program in programs if program.body is not None]
+        sizes = {slot_size(body.record_bytes) for body in bodies if body.map is None}
+        sizes -= set(self.streams)
+        maps = dict.fromkeys(body.map for body in bodies if body.map is not None)
+        new_maps = [shape for shape in maps if shape not in self.tables]
         need = sum(64 + -(-p.maxactive * p.slot_bytes // 64) * 64 for p in programs)
         need += sum(64 + code.object.data_bytes for _, code in user_code(programs))
+        need += len(new_maps) * (CONTROL_BYTES * cpus + 64)
         yield from self.data.room(need + len(sizes) * (controls + 64) + 128)
         if not self._sample:
             self._sample = self.data.take(64)
@@ -96,6 +105,11 @@ class Holding:
             )
             stream.start(self._host)
             self.streams[size] = stream
+        for shape in new_maps:
+            at = self.data.take(CONTROL_BYTES * cpus)
+            table = yield from make_table(self.memory, at, cpus, shape)
+            table.start(self._host)
+            self.tables[shape] = table
         if self.bells is None and any(program.kind == "bell" for program in programs):
             self.bells = yield from make_bells(self.memory, cpus)
         self._note_new(known)
@@ -105,7 +119,9 @@ class Holding:
                 program.slots = self.data.take(program.maxactive * program.slot_bytes)
                 self.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
             program.counters = self._counters.pop()
-            if program.body is not None:
+            if program.body is not None and program.body.map is not None:
+                program.table = self.tables[program.body.map]
+            elif program.body is not None:
                 program.stream = self.streams[slot_size(program.body.record_bytes)]
 
     def link_returns(self, programs: Iterable[Program]) -> None:

@@ -10,6 +10,7 @@ from kgdbx.probes.probe import Point, Probe
 from kgdbx.probes.site import Attachment
 from kgdbx.resident.compile.codegen import generate
 from kgdbx.resident.engine import Engine
+from kgdbx.resident.maps import Maps
 from kgdbx.resident.program import Program
 from kgdbx.resident.reader import EventReader, Recorded
 from kgdbx.symbols.kernel import Kernel
@@ -23,6 +24,7 @@ class ResidentProbe(Probe):
     :param definition: ``p`` or ``r``, of one function
     :param engine: puts the code there
     :param reader: is told what the records mean
+    :param maps: are told of its map, if it has one
     :param inlined_copies: probe those of the function too
     """
 
@@ -33,6 +35,7 @@ class ResidentProbe(Probe):
         definition: ProbeDefinition,
         engine: Engine,
         reader: EventReader,
+        maps: Maps | None = None,
         *,
         inlined_copies: bool = True,
     ) -> None:
@@ -40,6 +43,7 @@ class ResidentProbe(Probe):
         self._counted = [0, 0, 0]
         self._engine = engine
         self._reader = reader
+        self._maps = maps
         self._definition = definition
         self.kind = definition.kind
         self.inlined_copies = inlined_copies and definition.kind == "p"
@@ -77,10 +81,18 @@ class ResidentProbe(Probe):
         self._programs = programs
 
     def install(self) -> None:
-        """Put it into the guest, and say what its records mean."""
+        """Put it into the guest, and say what its records mean.
+
+        :raises ProbeError: if it adds to a map that is another one
+        """
+        for program in self._programs:
+            if program.body is not None and program.body.map is not None and self._maps:
+                self._maps.add(program.body.map, program.body.fields)
         self._engine.install(self._programs)
         for point, program in zip(self.points, self._programs, strict=True):
             assert program.body is not None
+            if program.body.map is not None:
+                continue
             where = self._engine.kernel.symbolize(point.address)
             recorded = Recorded(self.name, self.kind, point.address, where, program.body)
             self._reader.add(program.id, recorded)

@@ -7,6 +7,7 @@ from kgdbx.resident.compile.codegen import Body
 from kgdbx.resident.compile.decision import Decision, UserCode
 from kgdbx.resident.place.displace import Displacement
 from kgdbx.resident.ring import Stream
+from kgdbx.resident.table import Table
 
 __all__ = ("Counts", "Program", "Site", "user_code")
 
@@ -38,6 +39,7 @@ class Program:
     slot_bytes: int = 0
     handler: int = -1
     stream: Stream | None = None
+    table: Table | None = None
     at_entry: bool = True
     point: int = 0
 

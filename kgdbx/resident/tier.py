@@ -10,6 +10,7 @@ from kgdbx.resident.compile.codegen import NotResident
 from kgdbx.resident.doorbell import Doorbell
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.journal import Journal
+from kgdbx.resident.maps import Maps
 from kgdbx.resident.probe import ResidentProbe
 from kgdbx.resident.reader import EventReader
 from kgdbx.resident.reaper import Reaper
@@ -50,6 +51,7 @@ class ResidentTier:
         )
         self.doorbell = Doorbell(kernel, self.engine)
         self.reader = EventReader(kernel, self.engine.drain, lambda: self.engine.in_flight)
+        self.maps = Maps(self.engine)
         self._reaper = Reaper(kernel, self.engine)
 
     def probe(self, definition: ProbeDefinition, *, inlined_copies: bool = True) -> ResidentProbe:
@@ -58,7 +60,9 @@ class ResidentTier:
         :raises NotResident: if this kernel cannot have any now
         """
         self.check()
-        return ResidentProbe(definition, self.engine, self.reader, inlined_copies=inlined_copies)
+        return ResidentProbe(
+            definition, self.engine, self.reader, self.maps, inlined_copies=inlined_copies
+        )
 
     def check(self) -> None:
         """Whether this kernel can have probes of its own now.

@@ -15,6 +15,7 @@ from kgdbx.probes.probe import HandlerFault, Probe
 from kgdbx.render import pick_style
 from kgdbx.session import Refused, Session
 from kgdbx.trace.json_lines import JsonLinesSink, json_line
+from kgdbx.trace.map_text import map_json, map_text
 from kgdbx.trace.sink import Sink
 from kgdbx.trace.streams import Outputs
 from kgdbx.trace.text import TextSink
@@ -119,6 +120,8 @@ def probe(out: TextIO, args: argparse.Namespace) -> int:
             _say(args, session.load_script(Path(path)))
         status = run_session(session, args)
         outputs.tell_lost()
+        for each in session.resident.maps.read():
+            out.write((map_json(each) if args.json else map_text(each)) + "\n")
         probes = list(session.probes)
         _summarize(out, args, probes)
         faults = sum(p.nfaults for p in probes)

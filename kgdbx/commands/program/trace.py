@@ -31,6 +31,7 @@ from kgdbx.trace.errors import TraceError
 from kgdbx.trace.fifo import Fifo
 from kgdbx.trace.functions import definitions, is_pattern, refusals
 from kgdbx.trace.json_lines import JsonLinesSink
+from kgdbx.trace.map_sink import MapSink
 from kgdbx.trace.recording import Recording, RecordingWriter
 from kgdbx.trace.sink import RecordSink, Sink
 from kgdbx.trace.streams import Outputs
@@ -53,6 +54,13 @@ with its result and duration.
   kgdbx trace --vm a 'tcp_*' -d 60 --raw trace.kgdbx
   kgdbx trace --read trace.kgdbx -o json
 
+With --agg nothing is recorded: the calls are summed up inside the kernel, as bpftrace does it, and
+the sums are printed at the end. count(), sum(X), min(X), max(X), avg(X), hist(X) and
+lhist(X, MIN, MAX, STEP) are known; several maps need several names.
+
+  kgdbx trace --vm a vfs_read --agg '@[$comm] = hist(count)' --interval 1
+  kgdbx trace --vm a -r 'vfs_*' --agg '@ns[$func] = avg($duration_ns)'
+
 Events go to the standard output; what was not traced and why, the table of probes and the number
 of events that were lost to the standard error output.
 """,
@@ -70,6 +78,8 @@ of events that were lost to the standard error output.
         argument(
             "--filter", default="", metavar="EXPR", help="record only calls that this is true of"
         ),
+        argument("--agg", metavar="MAP", help="sum up in place of recording, see above"),
+        argument("--interval", type=float, metavar="S", help="print the sums every S seconds, too"),
         argument("-r", "--return", dest="returns", action="store_true", help="results, durations"),
         *END_ARGUMENTS,
         argument("-o", "--output", choices=("text", "json", "chrome"), help="default: text"),
@@ -95,6 +105,10 @@ def trace(out: TextIO, args: argparse.Namespace) -> int:
         raise CommandError("give a function or a pattern, or a recording with --read")
     if args.wait and not (args.fifo or args.socket):
         raise CommandError("--wait needs --fifo or --socket")
+    if args.agg:
+        return _sum_up(out, args)
+    if args.interval is not None:
+        raise CommandError("--interval is for --agg")
     # The outputs are closed when the kernel runs again: a reader may take its time.
     with contextlib.ExitStack() as ends, open_session(args) as session:
         probes = _place(session, args)
@@ -109,16 +123,34 @@ def trace(out: TextIO, args: argparse.Namespace) -> int:
     return 1 if faults or status else 0
 
 
+def _sum_up(out: TextIO, args: argparse.Namespace) -> int:
+    refused = ("fields", "count", "write", "raw", "fifo", "socket")
+    if given := [name for name in refused if getattr(args, name) not in (None, [])]:
+        raise CommandError(f"--{given[0]} is for events, and --agg has none")
+    if args.output == "chrome":
+        raise CommandError("--agg is printed as text or json")
+    with open_session(args) as session:
+        probes = _place(session, args)
+        maps = session.resident.maps
+        sink = MapSink(out, maps.read, interval_s=args.interval, is_json=args.output == "json")
+        session.idle_hooks.append(sink.idle)
+        status = run_session(session, args)
+        sink.write()
+        _summarize(args, probes, sink.lost)
+        faults = sum(p.nfaults for p in probes)
+    return 1 if faults or status else 0
+
+
 def _place(session: Session, args: argparse.Namespace) -> list[Probe]:
     fields = " ".join(args.fields)
     wanted = definitions(
         args.functions,
         session.function_names,
-        fields=fields or ("$retval" if args.returns else ""),
+        fields=args.agg or fields or ("$retval" if args.returns else ""),
         condition=args.filter,
         returns=args.returns,
     )
-    if args.returns and not fields:
+    if args.returns and not fields and not args.agg:
         wanted = [_without_result(session.kernel, each) for each in wanted]
     patterns = any(map(is_pattern, args.functions))
     tier: Tier = args.tier or ("resident" if patterns else "auto")

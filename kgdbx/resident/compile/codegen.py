@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import drgn
 
 from kgdbx.errors import ProbeError, SymbolError
+from kgdbx.probes.aggregation import Aggregation
 from kgdbx.probes.definition import Field, ProbeDefinition, expand_fields
 from kgdbx.probes.expression import Expr, format_expression
 from kgdbx.probes.fetch import FieldValue, Unreadable
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
+from kgdbx.resident.compile.aggregate import MapShape, aggregate
 from kgdbx.resident.compile.code import FAILURES, Code
 from kgdbx.resident.compile.fields import Recorded, record_field
 from kgdbx.resident.compile.lower import Lowering
@@ -91,6 +93,8 @@ class Body:
     :ivar uses_regs: whether ``c->regs`` is used
     :ivar calls_kernel: whether functions of the kernel are called
     :ivar mask_offset_bytes: where the mask of unreadable fields is; None if there is none
+    :ivar map: if hits are summed up: what. *fill* does it then, *fields* are in the key, and there
+        are no records
     """
 
     condition: str | None
@@ -101,6 +105,7 @@ class Body:
     uses_regs: bool
     calls_kernel: bool
     mask_offset_bytes: int | None = None
+    map: MapShape | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def generate(definition: ProbeDefinition, kernel: Kernel, point: Point) -> Body:
         code = Code("return -1", reports=False)
         condition = _condition(definition.condition, Lowering(names, code))
         calls = code.calls_kernel
+    if definition.aggregation is not None:
+        return _aggregated(definition.aggregation, condition, calls, names, scope)
     parts = [
         _part(number, field, names, scope)
         for number, field in enumerate(expand_fields(definition.fields, known))
@@ -150,6 +157,15 @@ def generate(definition: ProbeDefinition, kernel: Kernel, point: Point) -> Body:
         calls or any(part.code.calls_kernel for part in parts),
         mask_offset,
     )
+
+
+def _aggregated(
+    what: Aggregation, condition: str | None, calls: bool, names: Names, scope: KernelScope
+) -> Body:
+    fill, shape, keys, also_calls = aggregate(what, names, scope)
+    fields = tuple(RecordField(key.layout, key.decode) for key in keys)
+    saves = tuple(names.saves)
+    return Body(condition, fill, saves, 0, fields, names.uses_regs, calls or also_calls, map=shape)
 
 
 def decode_fields(body: Body, record: bytes) -> dict[str, FieldValue]:

@@ -73,15 +73,21 @@ class Recorded:
         return self.layout.size_bytes
 
 
-def record_field(field: Field, lower: Lowering, scope: KernelScope, to: str) -> Recorded:
+def record_field(
+    field: Field, lower: Lowering, scope: KernelScope, to: str, *, in_header: bool = True
+) -> Recorded:
     """Append the statements that record a field.
 
     :param to: C expression of the address to write it to
+    :param in_header: nothing is to be done for what is in the header of every record
     :raises NotResident: if that cannot be done in the guest
     """
     expr, type_ = field.expression, field.type
     shape = _Shape(field.name)
-    if isinstance(expr, Special) and expr.name in _IN_HEADER:
+    if isinstance(expr, Special) and expr.name == "func":
+        place = scope.kernel.symbolize(lower.names.point.address)
+        return shape.constant(place.partition("+")[0])
+    if in_header and isinstance(expr, Special) and expr.name in _IN_HEADER:
         return _header(expr.name, type_, scope, shape)
     if isinstance(expr, Special) and expr.name == "kstack":
         depth = type_.count if type_ and type_.count else STACK_DEPTH

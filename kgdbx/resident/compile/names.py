@@ -46,6 +46,7 @@ class Names:
     """Names at one point.
 
     :param is_return: at the return from the function there
+    :ivar point: as given
     :ivar saves: C expressions that have to be kept at the entry for the return
     :ivar uses_regs: whether registers are used that a context has only when it is asked for them
     """
@@ -59,7 +60,7 @@ class Names:
         self.parameter_names = tuple(argument_suppliers(kernel, point))
         self._kernel = kernel
         self._scope = KernelScope(kernel)
-        self._point = point
+        self.point = point
         self._is_return = is_return
         self._type = kernel.function_type(point.function) if point.is_entry else None
         self._parameters = _parameters(self._type) if self._type is not None else {}
@@ -73,7 +74,7 @@ class Names:
         parameter = self._parameters.get(name)
         if parameter is not None:
             return self._parameter(parameter, code)
-        if name in self.parameter_names or not self._point.is_entry:
+        if name in self.parameter_names or not self.point.is_entry:
             raise NotResident(f"where '{name}' is at this address only a stop can find out")
         try:
             return self._object(name, self.symbol(name))
@@ -116,13 +117,13 @@ class Names:
 
     def register(self, name: str) -> Value:
         """A register, by its name in ``struct pt_regs``."""
-        if name == "ip" and self._point.is_entry and not self._is_return:
-            return self._unsigned_long(f"{self._point.address:#x}UL")
+        if name == "ip" and self.point.is_entry and not self._is_return:
+            return self._unsigned_long(f"{self.point.address:#x}UL")
         if name == "sp":
             return self._unsigned_long("c->sp")
         if self._is_return and name in ("ax", "dx"):
             return self._unsigned_long("c->rdx" if name == "dx" else "c->ax")
-        if not self._is_return and self._point.is_entry and name in _ARGUMENTS:
+        if not self._is_return and self.point.is_entry and name in _ARGUMENTS:
             return self._unsigned_long(f"c->{name}")
         self.uses_regs = True
         return self._unsigned_long(f"c->regs->{name}")
@@ -146,6 +147,8 @@ class Names:
                 return self._argument(index or 1)
             case "stack":
                 return self._unsigned_long("c->sp") if index is None else self._stack(index, code)
+            case "duration_ns" if self._is_return:
+                return self._unsigned_long("c->duration_ns")
             case "retval" if self._is_return:
                 return self._return_value(code)
         raise NotResident(f"${name} has no value here")

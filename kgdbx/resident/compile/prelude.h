@@ -37,7 +37,9 @@ struct context {
 	const u8 *task;
 	const u64 *saved; /* at a return: what was kept at the entry */
 	u32 cpu;
-	u64 ip, bp; /* where a probe walks the stack */
+	u64 pc, bp; /* where a probe walks the stack */
+	u64 ip;	    /* the probed address, where a probe asks for it */
+	u64 duration_ns; /* at a return, where a probe asks for it */
 };
 
 /* A probe, in a data page of ours. The host writes it before the probe is reachable. */
@@ -171,6 +173,15 @@ static __always_inline u64 read_tsc(void)
 
 	__asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
 	return (u64)high << 32 | low;
+}
+
+/* Ticks to nanoseconds: the product has 128 bits. */
+static __always_inline u64 ticks_ns(u64 ticks)
+{
+	u64 low, high;
+
+	__asm__("mulq %3" : "=a"(low), "=d"(high) : "0"(ticks), "r"(NS_PER_TICK) : "cc");
+	return high << 32 | low >> 32;
 }
 
 static __always_inline const u8 *current_task(void)
@@ -392,11 +403,114 @@ static __attribute__((noinline)) u32 walk_stack(const struct regs *regs, const u
 static __always_inline void save_stack(const struct context *c, u64 *to, u32 size)
 {
 	const struct regs made = {
-		.bp = c->bp, .ip = c->ip, .cs = 0x10, .sp = c->sp, .ss = 0x18,
+		.bp = c->bp, .ip = c->pc, .cs = 0x10, .sp = c->sp, .ss = 0x18,
 	};
 
 	CALLED(walk_stack(c->regs ?: &made, c->task, to, size));
-	to[0] = c->ip;
+	to[0] = c->pc;
+}
+
+/*
+ * A map on one CPU: places that are free, being filled, or those of a key, found by its hash. An
+ * interrupt that meets a place being filled takes another one for the same key; the host adds up
+ * what has the same key, on all CPUs.
+ */
+struct table {
+	u64 *places;
+	u64 lost; /* hits that found no place */
+};
+
+#define BEING_FILLED 2UL
+#define FILLED 3UL
+#define MOST_PROBES 256
+
+static __always_inline void add_to(u64 *word, u64 value)
+{
+	__asm__ volatile("addq %1, %0" : "+m"(*word) : "er"(value) : "memory", "cc");
+}
+
+/* One instruction: no interrupt can come in between, and no other CPU writes to this table. */
+static __always_inline bool change(u64 *word, u64 from, u64 to)
+{
+	bool done;
+
+	__asm__ volatile("cmpxchgq %3, %2"
+			 : "=@ccz"(done), "+a"(from), "+m"(*word)
+			 : "r"(to)
+			 : "memory");
+	return done;
+}
+
+static __always_inline void raise_to(u64 *word, u64 value)
+{
+	u64 old;
+
+	do {
+		old = *(volatile u64 *)word;
+	} while (value > old && !change(word, old, value));
+}
+
+/* Where a key's values are in a table, or 0 if there is no room. */
+static u64 *find_values(struct table *table, const u64 *key, u32 key_words, u32 value_words,
+			u32 count)
+{
+	u64 hash = 0x9e3779b97f4a7c15UL, n, at;
+
+	for (n = 0; n < key_words; n++) {
+		hash = (hash ^ key[n]) * 0x9e3779b97f4a7c15UL;
+		hash ^= hash >> 32;
+	}
+	for (at = 0; at < count && at < MOST_PROBES; at++) {
+		u64 *place = table->places +
+			     ((hash >> 8) + at & (count - 1)) * (1 + key_words + value_words);
+		u64 state = *(volatile u64 *)place;
+
+		if (!state && change(place, 0, BEING_FILLED)) {
+			for (n = 0; n < key_words; n++)
+				place[1 + n] = key[n];
+			barrier();
+			*(volatile u64 *)place = hash | FILLED;
+			return place + 1 + key_words;
+		}
+		if (state != (hash | FILLED))
+			continue;
+		for (n = 0; n < key_words && place[1 + n] == key[n]; n++)
+			;
+		if (n == key_words)
+			return place + 1 + key_words;
+	}
+	add_to(&table->lost, 1);
+	return 0;
+}
+
+/* Key text: nothing but zeros behind its end. */
+static __always_inline void clean_text(u8 *text, u32 size)
+{
+	u32 n;
+
+	for (n = 0; n < size && text[n]; n++)
+		;
+	for (; n < size; n++)
+		text[n] = 0;
+}
+
+/* Bucket of a histogram: negative, 0, 1, 2 and 3, 4 to 7, ... */
+static __always_inline u32 power_bucket(u64 value, bool is_signed)
+{
+	if (is_signed && (s64)value < 0)
+		return 0;
+	return value ? 65 - __builtin_clzl(value) : 1;
+}
+
+static __always_inline u32 step_bucket(u64 value, bool is_signed, s64 least, s64 end, u64 step)
+{
+	if (!is_signed && (s64)value < 0)
+		return (u64)(end - least) / step + 1;
+	if ((s64)value < least)
+		return 0;
+	if ((s64)value >= end)
+		return (u64)(end - least) / step + 1;
+	return (value - (u64)least) / step + 1;
 }
 
 /*

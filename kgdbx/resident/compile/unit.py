@@ -10,18 +10,28 @@ from kgdbx.errors import SymbolError
 from kgdbx.resident.compile.codegen import Body
 from kgdbx.resident.compile.decision import Decision
 from kgdbx.resident.ring import Stream
+from kgdbx.resident.table import Table
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("KernelFacts", "RETURN_STUB_BYTES", "STACK_SOURCE", "StubCall", "Unit")
 
 RETURN_STUB_BYTES = 16
 
-_BODY = """\
+_CONDITION = """\
 static __always_inline int condition_{n}(const struct context *c)
 {{
 {condition}
 }}
+"""
+_FILL = """\
 static __always_inline void fill_{n}(const struct context *c, u8 *rec)
+{{
+{fill}
+}}
+"""
+
+_SUM_UP = """\
+static __always_inline int sum_up_{n}(const struct context *c, struct table *tables, u32 places)
 {{
 {fill}
 }}
@@ -37,9 +47,13 @@ _ENTRY_CONTEXT = """\
 _SP = """
 		.sp = (u64)__builtin_frame_address(0) + 24,"""
 _ENTRY_STACK = """
-		.ip = p->point, .bp = *(u64 *)__builtin_frame_address(0),"""
+		.pc = p->point, .bp = *(u64 *)__builtin_frame_address(0),"""
 _RETURN_STACK = """
-		.ip = true_return(slot->ret_addr), .bp = *(u64 *)__builtin_frame_address(0),"""
+		.pc = true_return(slot->ret_addr), .bp = *(u64 *)__builtin_frame_address(0),"""
+_PLACE = """
+		.ip = p->point,"""
+_DURATION = """
+		.duration_ns = ticks_ns(read_tsc() - slot->tsc),"""
 
 STACK_SOURCE = """\
 u32 kgdbx_stack(const struct regs *regs, u64 *to, u32 size)
@@ -50,6 +64,9 @@ u32 kgdbx_stack(const struct regs *regs, u64 *to, u32 size)
 """What a user's handler calls to have its call stack."""
 
 _RECORD = """\
+	{record} *record;
+	u64 seq;
+
 	count_hit(p);
 {enter}	pass = condition_{n}(&c);
 	if (unlikely(pass < 0))
@@ -65,13 +82,20 @@ _RECORD = """\
 out:
 {leave}"""
 
+_ADD = """\
+	count_hit(p);
+{enter}	pass = condition_{n}(&c);
+	if (pass > 0)
+		pass = sum_up_{n}(&c, {table});
+	if (unlikely(pass < 0))
+		count_fault(p);
+{leave}"""
+
 _ENTRY = """\
 __handler void handler_{n}(u64 di, u64 si, u64 dx, u64 cx, u64 r8, u64 r9, u64 pp)
 {{
 	struct probe *p = (struct probe *)pp;
 	const struct context c = {context};
-	struct record *record;
-	u64 seq;
 	int pass;
 
 {core}	return;
@@ -84,10 +108,8 @@ u64 decide_{n}(const struct regs *regs, struct probe *p)
 	const struct context c = {{
 		.di = regs->di, .si = regs->si, .dx = regs->dx, .cx = regs->cx, .r8 = regs->r8,
 		.r9 = regs->r9, .sp = regs->sp, .regs = regs, .task = current_task(),
-		.cpu = current_cpu(), .ip = p->point,
+		.cpu = current_cpu(), .pc = p->point, .ip = p->point,
 	}};
-	struct record *record;
-	u64 seq;
 	int pass;
 
 {core}	return 0;
@@ -112,8 +134,6 @@ __handler void return_{n}(struct slot *slot, u64 ax, u64 rdx, u64 *place)
 		.ax = ax, .rdx = rdx, .sp = (u64)(place + 1), .saved = slot->saved,{frame}
 		.task = current_task(), .cpu = current_cpu(),
 	}};
-	struct return_record *record;
-	u64 seq;
 	int pass;
 
 	*place = slot->ret_addr;
@@ -242,6 +262,7 @@ class KernelFacts:
         pid, tgid = (int(task.member(name).offset) for name in ("pid", "tgid"))
         if tgid != pid + 4:
             raise SymbolError("struct task_struct has tgid elsewhere than behind pid")
+        khz = kernel.memory.read_u32(kernel.address("tsc_khz"))
         values = {
             "CURRENT": _per_cpu(kernel, "current_task", "current_task"),
             "CPU_NUMBER": _per_cpu(kernel, "cpu_number", "cpu_number"),
@@ -251,7 +272,8 @@ class KernelFacts:
             "GUARD": guard,
             "WINDOW": window,
             "WINDOW_BYTES": window_bytes,
-            "TSC_HZ": 1000 * kernel.memory.read_u32(kernel.address("tsc_khz")),
+            "TSC_HZ": 1000 * khz,
+            "NS_PER_TICK": (10**6 << 32) // khz,  # times 1 << 32
         }
         return cls("".join(f"#define {name} {value:#x}UL\n" for name, value in values.items()))
 
@@ -269,17 +291,18 @@ class Unit:
     handlers: dict[tuple[object, ...], int]
     _parts: list[str] = field(default_factory=list)
 
-    def handler(self, kind: str, body: Body, stream: Stream) -> int:
+    def handler(self, kind: str, body: Body, to: Stream | Table) -> int:
         """Number of the handler for a body.
 
         :param kind: ``p`` or ``r`` at a function's entry: the symbols are ``handler_N``, and
             ``return_stub_N``; ``full`` where all registers are kept: ``decide_N``
+        :param to: where its records go, or what its hits are summed up in
         """
-        key = (kind, body.condition, body.fill, body.saves, stream)
+        key = (kind, body.condition, body.fill, body.saves, to)
         number = self.handlers.get(key)
         if number is None:
             number = self.handlers[key] = len(self.handlers)
-            self._parts.append(_handler_text(number, kind, body, stream))
+            self._parts.append(_handler_text(number, kind, body, to))
         return number
 
     def bell(self, bells: int, watched: int) -> int:
@@ -351,27 +374,38 @@ def _call_text(call: StubCall) -> str:
     return text.replace("\n", "\\n")
 
 
-def _handler_text(number: int, kind: str, body: Body, stream: Stream) -> str:
+def _handler_text(number: int, kind: str, body: Body, to: Stream | Table) -> str:
     is_return = kind == "r"
-    core = _RECORD.format(
-        n=number,
-        enter=_ENTER if body.calls_kernel else "",
-        leave=_LEAVE if body.calls_kernel else "",
-        record="struct return_record" if is_return else "struct record",
-        header="&record->common" if is_return else "record",
-        more=_RETURN_HEADER if is_return else "",
-        stream=stream.arguments,
-    )
-    walks = "save_stack(" in body.fill
-    frame = _SP if walks or is_return or "c->sp" in f"{body.condition}{body.fill}" else ""
-    fragments = _BODY.format(n=number, condition=body.condition or "\treturn 1;", fill=body.fill)
+    text = f"{body.condition}{body.fill}{body.saves}"
+    walks, times = "save_stack(" in text, "c->duration_ns" in text
+    names = {
+        "n": number,
+        "enter": _ENTER if body.calls_kernel else "",
+        "leave": _LEAVE if body.calls_kernel else "",
+    }
+    if isinstance(to, Stream):
+        core = _RECORD.format(
+            **names,
+            record="struct return_record" if is_return else "struct record",
+            header="&record->common" if is_return else "record",
+            more=_RETURN_HEADER if is_return else "",
+            stream=to.arguments,
+        )
+    else:
+        core = _ADD.format(**names, table=to.arguments)
+    entry = _SP if walks or is_return or "c->sp" in text else ""
+    if not is_return:
+        entry += _ENTRY_STACK if walks else ""
+        entry += _PLACE if "c->ip" in text else ""
+    parts = _CONDITION + (_FILL if isinstance(to, Stream) else _SUM_UP)
+    fragments = parts.format(n=number, condition=body.condition or "\treturn 1;", fill=body.fill)
     return fragments + {"p": _ENTRY, "full": _FULL, "r": _RETURN}[kind].format(
         n=number,
         core=core,
-        context=_ENTRY_CONTEXT.format(
-            frame=frame + (_ENTRY_STACK if walks and not is_return else "")
-        ),
-        frame=_RETURN_STACK if walks else "",
+        context=_ENTRY_CONTEXT.format(frame=entry),
+        frame=(_RETURN_STACK if walks else "")
+        + (_PLACE if "c->ip" in text else "")
+        + (_DURATION if times else ""),
         saves="".join(f"\tslot->saved[{n}] = {e};\n" for n, e in enumerate(body.saves)),
     )
 

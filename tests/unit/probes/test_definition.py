@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kgdbx.errors import DefinitionError
+from kgdbx.probes.aggregation import Aggregation
 from kgdbx.probes.definition import (
     FetchType,
     Field,
@@ -18,6 +19,7 @@ from kgdbx.probes.expression import (
     Binary,
     Dereference,
     Expr,
+    Index,
     Literal,
     Member,
     Name,
@@ -106,6 +108,7 @@ def test_text_parses_to_the_same_definition(definition: ProbeDefinition) -> None
 PIECES = (
     "p r w - p: r20: w:x -:g/n :x g/n f mod: f:12 f+0x10 +4 %return 0xffffffff81000000 vfs_* [a a "
     "x=%di %di @s+4 +0(%si) :string :u8 :x8[4] :b4@2/8 $kstack :8 $retval $vars $comm if "
+    "@[ @a[$comm] = count() hist( ] "
     '(a + b) ( ) " \' \\ "s" = == 4096 99999999999999999999 é \0 \n \t r rw'
 )
 
@@ -186,6 +189,35 @@ DI, SI, RETVAL = Register("di"), Register("si"), Special("retval")
             "r f at=$kstack:8",
             probe("r", "f", ("at", Special("kstack"), FetchType("kstack", 8, count=8))),
         ),
+        (
+            "p f @[$comm,len] = hist(count) if count > 1",
+            probe(
+                "p",
+                "f",
+                condition=Binary(">", Name("count"), Literal(1, "int")),
+                aggregation=Aggregation(
+                    "",
+                    (Field("$comm", Special("comm")), Field("len", Name("len"))),
+                    "hist",
+                    Name("count"),
+                ),
+            ),
+        ),
+        (
+            "r f @ns [ k=a[1]:x8 ]=lhist( $duration_ns, -0x10, 32, 8 )",
+            probe(
+                "r",
+                "f",
+                aggregation=Aggregation(
+                    "ns",
+                    (Field("k", Index(Name("a"), Literal(1, "int")), FetchType("x", 1)),),
+                    "lhist",
+                    Special("duration_ns"),
+                    (-16, 32, 8),
+                ),
+            ),
+        ),
+        ("p f @=count()", probe("p", "f", aggregation=Aggregation("", (), "count"))),
         ("p vfs_* $vars", probe("p", "vfs_*", ("$vars", Special("vars")))),
         ("p f if(a)", probe("p", "f", condition=Name("a"))),
         ("p f ifx", probe("p", "f", ("ifx", Name("ifx")))),
@@ -310,6 +342,20 @@ def test_globs() -> None:
         ("p f if 1 + $retval", "$retval has a value in a return probe (r) only", 11),
         ("p f+1 $arg1", "$arg1 has a value at the function's entry only", 6),
         ("w a $arg1", "$arg1 has a value at the function's entry only", 4),
+        ("p f @[$comm] = mean(x)", "expected one of count sum min max avg hist lhist", 15),
+        ("p f @ = sum()", "expected sum(EXPR)", 12),
+        ("p f @ = count(x)", "expected count()", 14),
+        ("p f @ = max(x", "this parenthesis is not closed", 11),
+        ("p f @ = max($comm)", "a string is no number; make it a key", 12),
+        ("p f @ = sum($retval)", "$retval has a value in a return probe (r) only", 12),
+        ("p f a @ = count()", "an aggregation takes no fields; put them between its brackets", 6),
+        ("p f @ = count() a", "an aggregation takes no fields; put them between its brackets", 16),
+        ("p f @ = count() @a = count()", "a probe has one aggregation", 16),
+        ("p f @[$vars] = count()", "$vars is no key", 6),
+        ("p f @ = lhist(x,0,10,3)", "STEP has to divide MAX - MIN, and MAX be above MIN", 14),
+        ("p f @ = lhist(x,0,y,3)", "expected a number", 18),
+        ("p f if $duration_ns > 3", "$duration_ns has a value in a return probe (r) only", 7),
+        ("p f $func:u8", "$func takes no type", 10),
         ("p f $kstack:128", "a stack has 1 to 127 frames: $kstack:8", 12),
         ("p f $kstack:u8", "a stack has 1 to 127 frames: $kstack:8", 12),
         ("p f if $kstack", "$kstack is a field of its own, not part of an expression", 7),

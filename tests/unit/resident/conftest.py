@@ -383,6 +383,12 @@ def no_stack() -> list[Any]:
     return [SimpleNamespace(locals=lambda: [])]
 
 
+@pytest.fixture(scope="session")
+def prelude() -> str:
+    """What every unit begins with."""
+    return unit([])
+
+
 @pytest.fixture(scope="module")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     directory = tmp_path_factory.mktemp("codegen")
