@@ -69,7 +69,30 @@ def make_program(
         program.load_debug_info([vmlinux.path])
     except drgn.MissingDebugInfoError as e:
         raise _no_debug_info(vmlinux) from e
+    _add_page_types(program)
     return program
+
+
+# What drgn's slab helpers look for in vmcoreinfo since Linux kernel commit 46df8e73a4a3 ("mm: free
+# up PG_slab") (in v6.10). It is a constant of the debug information, so it can be told only now.
+def _add_page_types(program: drgn.Program) -> None:
+    try:
+        types = {e.name: e.value for e in program.type("enum pagetype").enumerators or ()}
+        slab = types["PGTY_slab"] << 24
+    except LookupError:
+        return
+    known = program["VMCOREINFO"].string_()
+    text = known + b"NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)=%d\n\0" % (slab - (slab >> 31 << 32))
+
+    def find(
+        prog: drgn.Program, name: str, flags: drgn.FindObjectFlags, filename: str | None
+    ) -> drgn.Object | None:
+        if name != "VMCOREINFO" or not flags & drgn.FindObjectFlags.CONSTANT:
+            return None
+        type_ = prog.array_type(prog.int_type("char", 1, True), len(text))
+        return drgn.Object.from_bytes_(prog, type_, text)
+
+    program.register_object_finder("kgdbx", find, enable_index=0)
 
 
 def _no_debug_info(vmlinux: ElfSymbols) -> SymbolError:
