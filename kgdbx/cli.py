@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 import kgdbx
+import kgdbx.shell.program
 from kgdbx.commands import program
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import add_arguments

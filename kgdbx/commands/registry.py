@@ -13,7 +13,8 @@ from kgdbx.errors import CommandError
 
 __all__ = ("Argument", "Command", "CommandNamespace", "add_arguments", "argument")
 
-Run = Callable[[Any, argparse.Namespace], "int | None"]
+Run = Callable[[Any, argparse.Namespace], Any]
+# An exit status, nothing, or for the shell something to wait for.
 
 
 @dataclasses.dataclass(frozen=True)

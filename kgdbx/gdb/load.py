@@ -7,6 +7,7 @@ import gdb
 from kgdbx.commands import session as session_commands
 from kgdbx.commands.context import Context
 from kgdbx.commands.session import SESSION_COMMANDS
+from kgdbx.gdb.answers import Answers
 from kgdbx.gdb.attach import connect
 from kgdbx.gdb.command import GdbCommand, Prefix
 from kgdbx.gdb.leave import leave
@@ -31,6 +32,7 @@ def load() -> None:
         raise gdb.GdbError(f"kgdbx needs gdb {_OLDEST_GDB} or newer, this is {gdb.VERSION}")
     context = Context(GdbOutput(), connect, gdb_style())
     _loaded.append(context)
+    Answers(context)
     Prefix()
     debug = DebugParameter()
     for command in SESSION_COMMANDS.discover(session_commands):

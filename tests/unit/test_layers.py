@@ -21,8 +21,10 @@ LAYERS = (
     {"doctor"},
     {"render"},
     {"bench"},
+    {"views"},
     {"commands"},
     {"gdb"},
+    {"shell"},
     {"cli", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

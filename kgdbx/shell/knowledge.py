@@ -1,0 +1,136 @@
+"""What is known of a session's kernel for completion, fetched once and kept."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from kgdbx.errors import KgdbxError
+from kgdbx.shell.kernel_session import KernelSession
+from kgdbx.shell.name_index import NameIndex
+from kgdbx.shell.shell import Shell
+from kgdbx.symbols.elf import ElfSymbols
+
+__all__ = ("Knowledge",)
+
+
+class Knowledge:
+    """Names by kernel file, and answers of gdb by session.
+
+    :param on_news: called when something came that was asked for before
+    """
+
+    def __init__(self, shell: Shell, on_news: Callable[[], None]) -> None:
+        self.gdb_commands: tuple[str, ...] = ()
+        self._shell = shell
+        self._on_news = on_news
+        self._indexes: dict[Path, tuple[NameIndex, NameIndex]] = {}
+        self._answers: dict[tuple[str, str, str], Any] = {}
+        self._signatures: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def prepare(self) -> None:
+        """Begin to read the kernel's names, and gdb's commands, without waiting for them."""
+        path = self._vmlinux()
+        if path is not None and path not in self._indexes:
+            self._indexes[path] = (NameIndex(()), NameIndex(()))
+            self._start(self._load(path))
+        if not self.gdb_commands and self._shell.current is not None:
+            self._start(self._load_commands(self._shell.current))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the current kernel's names are there."""
+        path = self._vmlinux()
+        return path is not None and bool(len(self._index(1)))
+
+    def functions(self, piece: str, most: int) -> list[str]:
+        """Functions that match, the best first."""
+        return self._index(0).search(piece, most)
+
+    def variables(self, piece: str, most: int) -> list[str]:
+        """Symbols that match, the best first."""
+        return self._index(1).search(piece, most)
+
+    def is_function(self, name: str) -> bool:
+        """Whether the current kernel has such a function."""
+        return name in self._index(0)
+
+    def module_functions(self, module: str) -> list[str]:
+        """Functions of a module; empty until gdb has told."""
+        session = self._shell.current
+        if session is None:
+            return []
+        key = (session.name, "module_functions", json.dumps({"module": module}))
+        if key not in self._answers:
+            self._start(self._fetch(session, "module_functions", module=module))
+        return list(self._answers.get(key, ()))
+
+    def signature(self, function: str) -> str:
+        """C declaration of a function; empty until gdb has told."""
+        return self._signatures.get(function, "")
+
+    def want_signatures(self, functions: Iterable[str]) -> None:
+        """Ask gdb for declarations, if it is free."""
+        missing = [name for name in functions if name not in self._signatures]
+        session = self._shell.current
+        if missing and session is not None and session.status and not session.busy:
+            self._signatures |= dict.fromkeys(missing, "")
+            self._start(self._fetch_signatures(session, missing))
+
+    async def ask(self, session: KernelSession, name: str, **arguments: Any) -> Any:
+        """An answer of gdb, which is kept.
+
+        :raises CommandError: if gdb is busy or refuses
+        """
+        key = (session.name, name, json.dumps(arguments))
+        if key not in self._answers:
+            self._answers[key] = await session.ask(name, **arguments)
+        return self._answers[key]
+
+    def _index(self, which: int) -> NameIndex:
+        path = self._vmlinux()
+        return self._indexes[path][which] if path in self._indexes else NameIndex(())
+
+    def _vmlinux(self) -> Path | None:
+        session = self._shell.current
+        if session is None:
+            return None
+        if session.info is not None:
+            return session.info.vmlinux
+        return Path(session.vmlinux).expanduser() if session.vmlinux else None
+
+    async def _load(self, path: Path) -> None:
+        self._indexes[path] = await asyncio.to_thread(_read_names, path)
+        self._on_news()
+
+    async def _load_commands(self, session: KernelSession) -> None:
+        reply = await session.request('-complete ""')
+        words = {match.split(" ")[0] for match in reply.results.get("matches", ())}
+        self.gdb_commands = tuple(sorted(words))
+
+    async def _fetch(self, session: KernelSession, name: str, **arguments: Any) -> None:
+        await self.ask(session, name, **arguments)
+        self._on_news()
+
+    async def _fetch_signatures(self, session: KernelSession, functions: list[str]) -> None:
+        self._signatures |= await session.ask("signatures", functions=functions)
+        self._on_news()
+
+    def _start(self, work: Any) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except KgdbxError:
+                self._on_news()  # it is asked again with the next key
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _read_names(path: Path) -> tuple[NameIndex, NameIndex]:
+    symbols = ElfSymbols(path)
+    functions = [name for name in symbols.function_names if not name.startswith("__pfx_")]
+    return NameIndex(functions), NameIndex(symbols.names())

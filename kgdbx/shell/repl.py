@@ -1,0 +1,198 @@
+"""The prompt in a terminal, with output above it as it comes."""
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import Application
+from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.enums import EditingMode
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import ColorDepth
+
+from kgdbx.errors import KgdbxError
+from kgdbx.machine.cache import cache_dir
+from kgdbx.shell.bindings import bindings
+from kgdbx.shell.blocks import Block, split_commands
+from kgdbx.shell.commands import SHELL_COMMANDS
+from kgdbx.shell.completer import ShellCompleter
+from kgdbx.shell.knowledge import Knowledge
+from kgdbx.shell.lexer import ShellLexer, style
+from kgdbx.shell.screen import Screen
+from kgdbx.shell.shell import Shell
+from kgdbx.shell.toolbar import prompt, toolbar
+from kgdbx.shell.words import short_names
+
+__all__ = ("run_repl",)
+
+_FRAME_S = 0.05
+_REFRESH_S = 1.0
+_OWN_WORDS = frozenset(("kgdbx", "kx", "quit", "exit", "q"))
+
+
+async def run_repl(shell: Shell, *, vi: bool = False) -> int:
+    """Read lines until the end, while output is shown above the prompt.
+
+    :param vi: vi's keys instead of Emacs'
+    :return: exit status
+    """
+    repl = _Repl(shell, vi)
+    try:
+        await repl.run()
+    finally:
+        await shell.close()
+        print(shell.printer.frame(), end="", flush=True)
+    return 0
+
+
+class _Repl:
+    def __init__(self, shell: Shell, vi: bool) -> None:
+        self._shell = shell
+        self._lines: deque[Block] = deque()
+        self._something = asyncio.Event()
+        self._view: Screen | None = None
+        self._knowledge = Knowledge(shell, self._changed)
+        colour = bool(shell.style.bold)
+        self._session: PromptSession[str] = PromptSession(
+            lambda: prompt(shell),
+            completer=ShellCompleter(shell, self._knowledge),
+            complete_while_typing=True,
+            lexer=ShellLexer(self._is_command, self._knowledge.is_function, lambda: shell.python),
+            history=_history(),
+            auto_suggest=AutoSuggestFromHistory(),
+            enable_history_search=False,
+            editing_mode=EditingMode.VI if vi else EditingMode.EMACS,
+            key_bindings=bindings(shell, self._run_line),
+            bottom_toolbar=self._toolbar,
+            multiline=False,
+            prompt_continuation="... ",
+            enable_open_in_editor=True,
+            style=style(colour),
+            color_depth=None if colour else ColorDepth.DEPTH_1_BIT,
+            reserve_space_for_menu=6,
+        )
+        shell.on_change = self._changed
+        for session in shell.sessions.values():
+            session.on_change = self._changed
+        shell.show_view = self._open_view
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        helpers = [
+            loop.create_task(self._show()),
+            loop.create_task(self._refresh()),
+            loop.create_task(self._execute()),
+        ]
+        try:
+            while not self._shell.ended:
+                try:
+                    text = await self._session.prompt_async()
+                except EOFError:
+                    if self._shell.python:
+                        self._shell.python = False
+                        continue
+                    break
+                except KeyboardInterrupt:
+                    continue
+                self._queue(text)
+                if any(block.text.strip() in ("quit", "q", "exit") for block in self._lines):
+                    await self._drained()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+
+    # Lines
+
+    def _queue(self, text: str) -> None:
+        lines = [text.replace("\n", "\n")] if self._shell.python else text.split("\n")
+        blocks, _ = split_commands(lines)
+        self._lines.extend(blocks)
+        self._something.set()
+
+    def _run_line(self, line: str) -> None:
+        self._lines.append(Block(line))
+        self._something.set()
+
+    async def _execute(self) -> None:
+        # One command after another, while the prompt takes more.
+        while True:
+            await self._something.wait()
+            while self._lines:
+                await self._shell.run(self._lines[0])
+                self._lines.popleft()
+                self._changed()
+            self._something.clear()
+            if self._shell.ended and self._session.app.is_running:
+                self._session.app.exit(result="")
+
+    async def _drained(self) -> None:
+        while self._lines and not self._shell.ended:
+            await asyncio.sleep(_FRAME_S)
+
+    # Output
+
+    async def _show(self) -> None:
+        while True:
+            await asyncio.sleep(_FRAME_S)
+            if self._view is None and (text := self._shell.printer.frame()):
+                _print_above(self._session.app, text)
+
+    async def _refresh(self) -> None:
+        while True:
+            self._knowledge.prepare()
+            await asyncio.sleep(_REFRESH_S)
+            session = self._shell.current
+            if session is not None and session.state == "running" and not session.busy:
+                await session.refresh()
+
+    def _toolbar(self) -> StyleAndTextTuples:
+        app = self._session.app
+        line = app.current_buffer.document.current_line
+        return toolbar(self._shell, self._knowledge, line, app.output.get_size().columns)
+
+    def _changed(self) -> None:
+        self._session.app.invalidate()
+
+    def _is_command(self, word: str) -> bool:
+        if word in _OWN_WORDS or word in short_names() or word in self._knowledge.gdb_commands:
+            return True
+        with contextlib.suppress(KgdbxError):
+            return bool(SHELL_COMMANDS.find(word))
+        return False
+
+    async def _open_view(self, name: str, arguments: list[str]) -> None:
+        self._view = Screen(self._shell, name, arguments, style(bool(self._shell.style.bold)))
+        try:
+            await self._view.run(self._session.app)
+        finally:
+            self._view = None
+
+
+def _print_above(app: Application[str], text: str) -> None:
+    # In one go and in raw mode: run_in_terminal() would have the terminal echo keys meanwhile.
+    output = app.output
+    shown = text.replace("\n", "\r\n")
+    if not app.is_running:
+        output.write_raw(shown)
+        output.flush()
+        return
+    app.renderer.erase(leave_alternate_screen=False)
+    output.write_raw(shown)
+    output.flush()
+    app._request_absolute_cursor_position()
+    app._redraw()
+
+
+def _history() -> History:
+    path = Path(os.environ.get("KGDBX_HISTORY", cache_dir() / "shell_history"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))

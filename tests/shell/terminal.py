@@ -1,0 +1,163 @@
+"""A terminal with a program in it: keys go in, the screen can be looked at."""
+
+import copy
+import fcntl
+import os
+import signal
+import struct
+import subprocess
+import termios
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import pyte
+
+_ALTERNATE = 1049 << 5  # pyte keeps private modes shifted
+
+
+class _Screen(pyte.HistoryScreen):
+    # pyte has no alternate screen, and leaves its answers to the caller.
+
+    def __init__(self, columns: int, lines: int, answer: Callable[[bytes], None]) -> None:
+        self._answer = answer
+        self._saved: Any = None
+        super().__init__(columns, lines, history=200_000, ratio=0.5)
+
+    def write_process_input(self, data: str) -> None:
+        self._answer(data.encode())
+
+    def set_mode(self, *modes: int, **options: Any) -> None:
+        super().set_mode(*modes, **options)
+        if 1049 in modes and self._saved is None:
+            self._saved = (copy.deepcopy(self.buffer), copy.copy(self.cursor))
+            self.erase_in_display(2)
+            self.cursor_position()
+
+    def reset_mode(self, *modes: int, **options: Any) -> None:
+        super().reset_mode(*modes, **options)
+        if 1049 in modes and self._saved is not None:
+            self.buffer, self.cursor = self._saved
+            self._saved = None
+            self.dirty.update(range(self.lines))
+
+
+class Terminal:
+    """Runs a program in a pseudo terminal that pyte shows.
+
+    :ivar screen: pyte's screen; use it under :attr:`lock`
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.lock = threading.Lock()
+        self._master, slave = os.openpty()
+        self._set_size(columns, rows)
+        self.screen = _Screen(columns, rows, self._write)
+        self._stream = pyte.ByteStream(self.screen)
+        self.process = subprocess.Popen(
+            argv,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env=os.environ | {"TERM": "xterm-256color"} | (environment or {}),
+        )
+        os.close(slave)
+        self.received = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        self._write(keys.encode())
+
+    def line(self, text: str) -> None:
+        """Type a line, as pasted, and press Enter."""
+        self.type(f"{text}\r")
+
+    def display(self) -> list[str]:
+        """The lines of the screen."""
+        with self.lock:
+            return [line.rstrip() for line in self.screen.display]
+
+    def scrollback(self) -> list[str]:
+        """All lines from the first on."""
+        with self.lock:
+            above = [
+                "".join(row[n].data for n in range(self.screen.columns)).rstrip()
+                for row in self.screen.history.top
+            ]
+        return above + self.display()
+
+    def wait(self, what: str | Callable[[], bool], timeout_s: float = 60) -> float:
+        """Wait until the screen, or what scrolled off it, has a text, or a condition holds.
+
+        :return: seconds that it took
+        """
+        start = time.monotonic()
+        holds = what if callable(what) else lambda: any(what in each for each in self.scrollback())
+        while not holds():
+            text = "\n".join(self.scrollback()[-60:])
+            waited = time.monotonic() - start
+            assert waited < timeout_s, f"{what!r} does not come; the screen:\n{text}"
+            ended = self.process.poll()
+            assert ended is None or holds(), f"ended with {ended}; the screen:\n{text}"
+            time.sleep(0.002 if waited < 0.2 else 0.02)
+        return time.monotonic() - start
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the size of the window."""
+        with self.lock:
+            self.screen.resize(rows, columns)
+        self._set_size(columns, rows)
+        os.killpg(self.process.pid, signal.SIGWINCH)
+
+    def end(self, timeout_s: float = 30) -> int:
+        """Wait for the end of the program; its exit status."""
+        status = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return status
+
+    def close(self) -> None:
+        """End the program, however it is."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5)
+        os.close(self._master)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _set_size(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def _write(self, data: bytes) -> None:
+        os.write(self._master, data)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = os.read(self._master, 1 << 16)
+            except OSError:
+                return
+            if not data:
+                return
+            with self.lock:
+                self._stream.feed(data)
+                self.received += len(data)
