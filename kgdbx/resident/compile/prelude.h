@@ -462,7 +462,7 @@ static u64 *find_values(struct table *table, const u64 *key, u32 key_words, u32 
 	}
 	for (at = 0; at < count && at < MOST_PROBES; at++) {
 		u64 *place = table->places +
-			     ((hash >> 8) + at & (count - 1)) * (1 + key_words + value_words);
+			     (((hash >> 8) + at) & (count - 1)) * (1 + key_words + value_words);
 		u64 state = *(volatile u64 *)place;
 
 		if (!state && change(place, 0, BEING_FILLED)) {

@@ -13,7 +13,9 @@ from kgdbx.resident.compile.user_code import compile_handler, entry_of
 from kgdbx.resident.verdict import parse_retval
 
 NAMES = ("CURRENT", "CPU_NUMBER", "PREEMPT_COUNT", "TASK_PID", "TASK_COMM", "GUARD", "WINDOW")
-FACTS = KernelFacts("".join(f"#define {n} 0x40UL\n" for n in (*NAMES, "WINDOW_BYTES", "TSC_HZ")))
+FACTS = KernelFacts(
+    "".join(f"#define {n} 0x40UL\n" for n in (*NAMES, "WINDOW_BYTES", "TSC_HZ", "NS_PER_TICK"))
+)
 CODE, DATA = 0xFFFFFFFFF0000000, 0xFFFFFFFFF0100000
 
 
