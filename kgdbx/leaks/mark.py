@@ -2,28 +2,22 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import MachineError
 from kgdbx.leaks.heap import NO_SCAN, VM_STRUCT, Heap
-from kgdbx.leaks.memory import I64, U8, U64
+from kgdbx.leaks.memory import I64, U8
 from kgdbx.leaks.native import load_native, pointer
-from kgdbx.leaks.pages import PageKind
-from kgdbx.leaks.roots import (
-    NONE,
-    ROOT,
-    percpu_sources,
-    register_words,
-    root_frames,
-    stack_sources,
-)
-from kgdbx.leaks.slab import ALLOCATED
+from kgdbx.leaks.roots import stack_nodes
+from kgdbx.leaks.walk import Piece, used_memory
 
 __all__ = ("find_reached",)
 
-_FRAME_WORDS = 512
+_U32: TypeAlias = npt.NDArray[np.uint32]
 
 
 def find_reached(heap: Heap, registers: Sequence[Registers] | None) -> U8:
@@ -39,19 +33,10 @@ def find_reached(heap: Heap, registers: Sequence[Registers] | None) -> U8:
     heap.node_flags[own] |= NO_SCAN
     edges = _Edges(heap)
     edges.seeds[own] = 1
+    edges.seeds[stack_nodes(heap)] = 1
     _add_area_bookkeeping(heap, edges)
-    if registers is not None:
-        edges.add_roots(register_words(registers))
-    for _, words in heap.memory.frame_chunks(root_frames(heap)):
-        edges.add_roots(words)
-    words, sources, _ = percpu_sources(heap, registers)
-    edges.add(words, 1, sources)
-    stack_pfns, stack_of, stacks = stack_sources(heap, registers)
-    edges.add(heap.memory.frames(stack_pfns), 1, stack_of)
-    _add_areas(heap, edges, stacks)
-    _add_pages(heap, edges)
-    _add_struct_pages(heap, edges)
-    _add_slabs(heap, edges)
+    for piece in used_memory(heap, registers):
+        edges.add(piece)
     return edges.reach()
 
 
@@ -60,43 +45,37 @@ class _Edges:
     def __init__(self, heap: Heap) -> None:
         self._native = load_native()
         self._tables, self._kept = heap.tables()
-        self._sources: list[np.ndarray[tuple[int], np.dtype[np.uint32]]] = []
-        self._targets: list[np.ndarray[tuple[int], np.dtype[np.uint32]]] = []
-        self._room: tuple[int, np.ndarray[tuple[int], np.dtype[np.uint32]]] | None = None
+        self._sources: list[_U32] = []
+        self._targets: list[_U32] = []
+        self._room: tuple[int, _U32] | None = None
         self.seeds = np.zeros(heap.nnodes, np.uint8)
 
-    def add_roots(self, words: U64) -> None:
-        flat = words.ravel()
-        self.add(flat, max(len(flat), 1), np.array([ROOT], np.int64))
-
-    def add(self, words: U64, record_words: int, sources: I64) -> None:
-        # `sources`: of each record; ROOT and NONE are no nodes.
-        words, sources = np.ascontiguousarray(words), np.ascontiguousarray(sources)
-        if not words.size:
-            return
-        source, target = self._buffers(words.size)
-        count = self._native.edges_of_records(
-            ctypes.addressof(self._tables),
-            pointer(words),
-            record_words,
-            len(sources),
-            *(pointer(a) for a in (sources, source, target, self.seeds)),
-        )
-        self._append(source, target, count)
+    def add(self, piece: Piece) -> None:
+        words, sources = piece.words, np.ascontiguousarray(piece.sources)
+        source, target = self._buffers(max(words.size, 1))
+        if piece.pfns is not None:
+            pfns = np.ascontiguousarray(piece.pfns)
+            count = self._native.edges_of_slabs(
+                ctypes.addressof(self._tables),
+                pointer(words),
+                len(pfns),
+                *(pointer(a) for a in (pfns, source, target)),
+            )
+        else:
+            count = self._native.edges_of_records(
+                ctypes.addressof(self._tables),
+                pointer(words),
+                piece.record_words,
+                len(sources),
+                *(pointer(a) for a in (sources, source, target, self.seeds)),
+            )
+        if count:
+            self._sources.append(source[:count].copy())
+            self._targets.append(target[:count].copy())
 
     def add_known(self, sources: list[int], targets: list[int]) -> None:
         self._sources.append(np.array(sources, np.uint32))
         self._targets.append(np.array(targets, np.uint32))
-
-    def add_slabs(self, pfns: I64, words: U64) -> None:
-        source, target = self._buffers(words.size)
-        count = self._native.edges_of_slabs(
-            ctypes.addressof(self._tables),
-            pointer(words),
-            len(pfns),
-            *(pointer(a) for a in (np.ascontiguousarray(pfns), source, target)),
-        )
-        self._append(source, target, count)
 
     def reach(self) -> U8:
         empty = [np.zeros(0, np.uint32)]
@@ -111,31 +90,22 @@ class _Edges:
             raise MachineError("this machine has not enough memory for the graph of the heap")
         return reached
 
-    def _buffers(self, words: int) -> tuple["np.ndarray[tuple[int], np.dtype[np.uint32]]", ...]:
+    def _buffers(self, words: int) -> tuple[_U32, ...]:
         if self._room is None or self._room[0] < words:
             self._room = (words, np.empty(2 * words, np.uint32))
         size, room = self._room
         return room[:size], room[size : 2 * size]
 
-    def _append(
-        self,
-        source: "np.ndarray[tuple[int], np.dtype[np.uint32]]",
-        target: "np.ndarray[tuple[int], np.dtype[np.uint32]]",
-        count: int,
-    ) -> None:
-        if count:
-            self._sources.append(source[:count].copy())
-            self._targets.append(target[:count].copy())
 
-
-# An area and what describes it live and die together: struct vm_struct and the array of its pages.
-# The pages in that array are the area itself.
+# An area and what describes it live and die together: struct vm_struct and the array of its
+# pages, which are the area itself. A pointer to a struct vm_struct does not count as one to its
+# area: these objects are small, and what is left of former ones on stacks would hide leaks.
 def _add_area_bookkeeping(heap: Heap, edges: "_Edges") -> None:
     areas = heap.areas
     first = int(heap.group_first[heap.first_area_group]) if len(areas.start) else 0
     sources: list[int] = []
     targets: list[int] = []
-    for addresses, flag in ((areas.vm, VM_STRUCT), (areas.pages, NO_SCAN)):
+    for addresses, flag in ((areas.vm, NO_SCAN | VM_STRUCT), (areas.pages, NO_SCAN)):
         for row in np.flatnonzero(addresses).tolist():
             node = heap.node_of(int(addresses[row]))
             if node is not None:
@@ -155,49 +125,3 @@ def _reached_anyway(heap: Heap) -> I64:
     chosen = np.union1d(np.flatnonzero(~areas.allocated()), rows[inside])
     nodes: I64 = heap.group_first[heap.first_area_group + chosen].astype(np.int64)
     return nodes
-
-
-def _add_areas(heap: Heap, edges: _Edges, stacks: set[int]) -> None:
-    areas = heap.areas
-    chosen = ~np.isin(areas.frame_area, sorted(stacks))
-    pfns, of = areas.frame_pfns[chosen], areas.frame_area[chosen]
-    if not len(of):
-        return
-    nodes = int(heap.group_first[heap.first_area_group]) + of
-    at = 0
-    for part, words in heap.memory.frame_chunks(pfns):
-        edges.add(words, _FRAME_WORDS, nodes[at : at + len(part)])
-        at += len(part)
-
-
-def _add_pages(heap: Heap, edges: _Edges) -> None:
-    pfns = np.flatnonzero(heap.pages.kind == PageKind.PAGES)
-    group = heap.frame_group[pfns]
-    # Pages that belong to no block that is known count as roots: better to miss a leak.
-    nodes = np.where(group >= 0, heap.group_first[group].astype(np.int64), ROOT)
-    at = 0
-    for part, words in heap.memory.frame_chunks(pfns):
-        edges.add(words, _FRAME_WORDS, nodes[at : at + len(part)])
-        at += len(part)
-
-
-def _add_struct_pages(heap: Heap, edges: _Edges) -> None:
-    kind, memmap = heap.pages.kind, heap.pages.memmap
-    nodes = np.full(len(kind), ROOT, np.int64)
-    group = heap.frame_group
-    own = (kind == PageKind.PAGES) & (group >= 0)
-    nodes[own] = heap.group_first[group[own]]
-    unused = (kind == PageKind.NO_RAM) | (kind == PageKind.FREE) | (kind == PageKind.VMALLOC)
-    nodes[unused] = NONE
-    edges.add(memmap, memmap.shape[1], nodes)
-
-
-def _add_slabs(heap: Heap, edges: _Edges) -> None:
-    slabs = heap.slabs
-    ends = np.cumsum(slabs.frames)
-    within = np.arange(slabs.frames.sum()) - np.repeat(ends - slabs.frames, slabs.frames)
-    pfns = np.repeat(slabs.pfns, slabs.frames) + within
-    used = heap.node_flags & ALLOCATED != 0
-    if used.any():
-        for part, words in heap.memory.frame_chunks(pfns):
-            edges.add_slabs(part, words)

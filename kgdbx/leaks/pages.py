@@ -125,12 +125,17 @@ def find_page_blocks(table: PageTable, layout: PageLayout) -> None:
     aligned = starts & -starts
     single = np.minimum(counts, np.where(aligned, aligned, 1))
     counts = np.where(compound[starts], np.minimum(whole, counts), single)
-    table.heads, table.counts = _joined(starts, counts.astype(np.int64), compound[starts])
+    table.heads, table.counts = _joined(starts, counts.astype(np.int64), compound[starts], counted)
 
 
 # Frames of one split block may have been at the head of smaller free blocks before, and so look as
 # if taken alone: every other of them at most, so one that follows a frame that was not is joined.
-def _joined(starts: I64, counts: I64, compound: npt.NDArray[np.bool_]) -> tuple[I64, I64]:
+def _joined(
+    starts: I64,
+    counts: I64,
+    compound: npt.NDArray[np.bool_],
+    counted: npt.NDArray[np.bool_],
+) -> tuple[I64, I64]:
     touching = np.concatenate([[False], starts[1:] == (starts + counts)[:-1]]) & ~compound
     gone = np.zeros(len(starts), bool)
     for row in np.flatnonzero(touching).tolist():
@@ -139,7 +144,9 @@ def _joined(starts: I64, counts: I64, compound: npt.NDArray[np.bool_]) -> tuple[
             head -= 1
         start = int(starts[head])
         aligned = start & -start
-        if compound[head] or counts[head] < 2 or int(starts[row]) - start >= aligned:
+        # The frames of a block that was not split have no counts of their own.
+        split = counts[head] >= 2 and counted[int(starts[row]) - 1]
+        if compound[head] or not split or int(starts[row]) - start >= aligned:
             continue
         counts[head] = min(int(starts[row] + counts[row]) - start, aligned)
         gone[row] = True

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
+from kgdbx.arch.registers import Registers
 from kgdbx.leaks.heap import Heap
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64
 from kgdbx.leaks.pages import PageKind
@@ -13,8 +13,8 @@ __all__ = (
     "NONE",
     "ROOT",
     "percpu_sources",
-    "register_words",
     "root_frames",
+    "stack_nodes",
     "stack_sources",
 )
 
@@ -25,6 +25,7 @@ _KERNEL_HALF = 1 << 63
 _WORD = 8
 _WORD_MAX = (1 << 64) - 1
 _INT_MASK = 0xFFFFFFFF
+_VM_STACK_BYTES = 32  # struct vm_stack, kernel/fork.c
 _USER_MODE = 3  # CPL, in the low bits of cs
 # Of kernel/fork.c: alloc_thread_stack_node(), and what it is inlined into.
 _MAKERS = ("alloc_thread_stack_node", "dup_task_struct", "copy_process", "kernel_clone")
@@ -99,18 +100,21 @@ def _stands_on(heap: Heap, rsp: int, start: int, end: int) -> bool:
     return bool(here < 0 or first <= here < first + end - start)
 
 
-def register_words(registers: Sequence[Registers]) -> U64:
-    """The general registers of all vCPUs, as words of memory that is always in use."""
-    return np.array(
-        [r[name] for r in registers for name in GENERAL_REGISTERS if name in r], np.uint64
-    )
+def stack_nodes(heap: Heap) -> I64:
+    """Nodes of all areas that were made to be kernel stacks.
+
+    Those without a task are kept for the next one, which only the ``struct vm_struct`` tells.
+    """
+    rows = np.array(sorted(_made_to_be_stacks(heap)), np.int64)
+    nodes: I64 = heap.group_first[heap.first_area_group + rows].astype(np.int64)
+    return nodes
 
 
 def stack_sources(heap: Heap, registers: Sequence[Registers] | None) -> tuple[I64, I64, set[int]]:
     """All kernel stacks: frames, the source of each of their words, and their vmalloc areas.
 
     Of a stack only what is in use counts, from the stack pointer on. Stacks that no task owns are
-    kept for the next one: nothing of them is in use.
+    kept for the next one, or wait for a grace period to end: ``struct vm_stack`` is at their start.
 
     :param registers: of all vCPUs; None if they are not known
     """
@@ -125,7 +129,8 @@ def stack_sources(heap: Heap, registers: Sequence[Registers] | None) -> tuple[I6
     words = address[:, None] + np.arange(0, PAGE_BYTES, _WORD, dtype=np.uint64)
     least = np.array([begins.get(n, _WORD_MAX) for n in range(len(areas.start))], np.uint64)
     node = int(heap.group_first[heap.first_area_group]) + of if len(of) else of
-    source = np.where(words >= least[of][:, None], node[:, None], NONE)
+    bottom = words < (areas.start[of] + np.uint64(_VM_STACK_BYTES))[:, None]
+    source = np.where((words >= least[of][:, None]) | bottom, node[:, None], NONE)
     return pfns, source.astype(np.int64).ravel(), set(stacks)
 
 
