@@ -37,6 +37,8 @@ class ProbeManager:
         self.handler_limit_s = handler_limit_s
         self.returns = ReturnTable(kernel)
         self.fault_listeners: list[Callable[[Probe, HandlerFault], None]] = []
+        self.loading_listeners: list[Callable[[LoadedModule], None]] = []
+        self.freeing_listeners: list[Callable[[tuple[tuple[int, int], ...]], None]] = []
         self.stray_stops = 0
         self._started_ns = time.monotonic_ns()
         self._probes: list[Probe] = []
@@ -407,8 +409,16 @@ class ProbeManager:
 
     # Modules
 
+    def follow_modules(self) -> None:
+        """Have the listeners told of modules: with each that is loaded, before its code runs, and
+        with guest-virtual ``(start, size_bytes)`` of memory of modules that is about to be freed.
+        """
+        self._module_events.follow()
+
     def module_loaded(self, module: LoadedModule) -> None:
         """Place the probes that wait for a module. Its code has not run yet."""
+        for listener in tuple(self.loading_listeners):
+            listener(module)
         for probe in tuple(self._probes):
             if probe.state not in (State.PENDING, State.GONE):
                 continue
@@ -431,6 +441,9 @@ class ProbeManager:
 
         :param regions: guest-virtual ``(start, size_bytes)``
         """
+
+        for listener in tuple(self.freeing_listeners):
+            listener(regions)
 
         def freed(address: int) -> bool:
             return any(start <= address < start + size for start, size in regions)

@@ -128,6 +128,15 @@ class Engine:
         """Whether the guest has memory of ours."""
         return self._holding is not None
 
+    def allocate(self, size_bytes: int) -> int:
+        """Zeroed memory of the guest's, physically contiguous, until the engine is closed.
+
+        :param size_bytes: a power of two of pages, at most 4 MiB
+        :return: guest-virtual address, in the direct map
+        :raises ProbeError: if the guest has no more
+        """
+        return self._hold().take_block(self._caller, size_bytes)
+
     # Placing
 
     def install(self, programs: Sequence[Program]) -> None:

@@ -163,6 +163,13 @@ class Holding:
             self.journal.note(code=self.code.ranges[-1])
         return self.code.take(size_bytes)
 
+    def take_block(self, caller: GuestCaller, size_bytes: int) -> int:
+        """Address of zeroed pages in the direct map."""
+        known = self._known
+        block = caller.run(self.memory.pages(size_bytes))
+        self._note_new(known)
+        return block.address
+
     def resolve(self, name: str) -> int | None:
         """Address of a symbol of ours or of the kernel's."""
         found = self.symbols.get(name)

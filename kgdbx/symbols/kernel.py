@@ -22,6 +22,7 @@ from kgdbx.target.base import Target
 __all__ = ("Function", "Kernel")
 
 _PANIC_CPU_INVALID = b"\xff\xff\xff\xff"  # include/linux/panic.h
+_MODULE_ALIASES = ("init_module", "cleanup_module")  # include/linux/module.h, of other names
 _PERCPU_END = 1 << 32  # per-CPU symbols are offsets and do not move with KASLR
 
 
@@ -256,7 +257,7 @@ class Kernel:
     def _module_function_at(self, loaded: LoadedModule, address: int) -> Function | None:
         best = max(
             (s for s in self.modules.symbols(loaded) if s.is_function and s.address <= address),
-            key=lambda s: s.address,
+            key=lambda s: (s.address, s.name not in _MODULE_ALIASES),
             default=None,
         )
         if best is None or address >= best.address + max(best.size_bytes, 1):

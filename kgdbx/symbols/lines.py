@@ -11,13 +11,22 @@ from typing import NamedTuple
 import drgn
 
 from kgdbx.errors import SymbolError
-from kgdbx.symbols.dwarf import ATTRIBUTE, DebugFile, Entry, Unit
-from kgdbx.symbols.line_table import line_starts
+from kgdbx.symbols.dwarf import ATTRIBUTE, TAG, DebugFile, Entry, Unit
+from kgdbx.symbols.line_table import line_starts, rows
 
-__all__ = ("Declaration", "LineAddresses", "address_line", "function_declaration", "line_addresses")
+__all__ = (
+    "Declaration",
+    "LineAddresses",
+    "address_line",
+    "function_declaration",
+    "line_addresses",
+    "offset_lines",
+)
 
 _DECL_FILE, _DECL_LINE = ATTRIBUTE["DW_AT_decl_file"], ATTRIBUTE["DW_AT_decl_line"]
 _DECLARATION = ATTRIBUTE["DW_AT_declaration"]
+_CALL_FILE, _CALL_LINE = ATTRIBUTE["DW_AT_call_file"], ATTRIBUTE["DW_AT_call_line"]
+_INLINED = TAG["DW_TAG_inlined_subroutine"]
 
 
 class Declaration(NamedTuple):
@@ -57,6 +66,32 @@ def address_line(program: drgn.Program, address: int) -> tuple[str, int] | None:
     except LookupError:
         return None
     return (location.filename, location.line) if location.line else None
+
+
+def offset_lines(debug: DebugFile, section: str, offset: int) -> tuple[tuple[str, int], ...]:
+    """Source files and 1-based lines of a place in a module's file; it need not be loaded.
+
+    :param offset: from the start of the section
+    :return: the line itself, then where each function that was inlined around it is called
+    :raises SymbolError: if there is no such section
+    """
+    address = debug.join_address(section, offset)
+    unit = debug.unit_containing(address)
+    if unit is None or unit.line_header is None:
+        return ()
+    lines: list[tuple[str, int]] = []
+    for position, tag, _ in unit.walk(lambda start, end: True):
+        if tag != _INLINED:
+            continue
+        entry = unit.entry(position)
+        if any(low <= address < high for low, high in unit.ranges(entry)):
+            lines.insert(0, (unit.file(entry.numbers.get(_CALL_FILE)), entry.numbers[_CALL_LINE]))
+    before = None
+    for row in rows(unit.line_header):
+        if before is not None and before.address <= address < row.address:
+            return (unit.file(before.file), before.line), *lines
+        before = None if row.end_sequence else row
+    return tuple(lines)
 
 
 def function_declaration(path: Path, function: str | int, section: str = "") -> Declaration:

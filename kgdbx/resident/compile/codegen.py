@@ -95,6 +95,10 @@ class Body:
     :ivar mask_offset_bytes: where the mask of unreadable fields is; None if there is none
     :ivar map: if hits are summed up: what. *fill* does it then, *fields* are in the key, and there
         are no records
+    :ivar handlers: C in place of what is made of the rest, with ``handler_@N@``, and ``return_@N@``
+        of a return probe
+    :ivar shared: C that handlers need, once in each unit; ``@STREAM@`` in it stands for the first
+        arguments of ``reserve()``
     """
 
     condition: str | None
@@ -106,6 +110,8 @@ class Body:
     calls_kernel: bool
     mask_offset_bytes: int | None = None
     map: MapShape | None = None
+    handlers: str = ""
+    shared: str = ""
 
 
 @dataclass(frozen=True)

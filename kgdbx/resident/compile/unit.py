@@ -139,6 +139,9 @@ __handler void return_{n}(struct slot *slot, u64 ax, u64 rdx, u64 *place)
 	*place = slot->ret_addr;
 {core}	release_slot(slot);
 }}
+"""
+
+_RETURN_STUB = """\
 __asm__(".text\\n"
 	"return_stub_{n}:\\n"
 	"	push %rdi\\n	push %rsi\\n	push %rdx\\n	push %rcx\\n"
@@ -269,6 +272,8 @@ class KernelFacts:
             "PREEMPT_COUNT": _per_cpu(kernel, "__preempt_count", "preempt_count"),
             "TASK_PID": pid,
             "TASK_COMM": int(task.member("comm").offset),
+            "TASK_STACK": int(task.member("stack").offset),
+            "HARDIRQ_STACK": _per_cpu(kernel, "hardirq_stack_ptr", "hardirq_stack_ptr"),
             "GUARD": guard,
             "WINDOW": window,
             "WINDOW_BYTES": window_bytes,
@@ -298,10 +303,13 @@ class Unit:
             ``return_stub_N``; ``full`` where all registers are kept: ``decide_N``
         :param to: where its records go, or what its hits are summed up in
         """
-        key = (kind, body.condition, body.fill, body.saves, to)
+        key = (kind, body.condition, body.fill, body.saves, to, body.handlers)
         number = self.handlers.get(key)
         if number is None:
             number = self.handlers[key] = len(self.handlers)
+            shared = body.shared.replace("@STREAM@", to.arguments)
+            if shared and shared not in self._parts:
+                self._parts.append(shared)
             self._parts.append(_handler_text(number, kind, body, to))
         return number
 
@@ -376,6 +384,9 @@ def _call_text(call: StubCall) -> str:
 
 def _handler_text(number: int, kind: str, body: Body, to: Stream | Table) -> str:
     is_return = kind == "r"
+    stub = _RETURN_STUB.format(n=number) if is_return else ""
+    if body.handlers:
+        return body.handlers.replace("@N@", str(number)) + stub
     text = f"{body.condition}{body.fill}{body.saves}"
     walks, times = "save_stack(" in text, "c->duration_ns" in text
     names = {
@@ -399,7 +410,7 @@ def _handler_text(number: int, kind: str, body: Body, to: Stream | Table) -> str
         entry += _PLACE if "c->ip" in text else ""
     parts = _CONDITION + (_FILL if isinstance(to, Stream) else _SUM_UP)
     fragments = parts.format(n=number, condition=body.condition or "\treturn 1;", fill=body.fill)
-    return fragments + {"p": _ENTRY, "full": _FULL, "r": _RETURN}[kind].format(
+    handlers = {"p": _ENTRY, "full": _FULL, "r": _RETURN}[kind].format(
         n=number,
         core=core,
         context=_ENTRY_CONTEXT.format(frame=entry),
@@ -408,6 +419,7 @@ def _handler_text(number: int, kind: str, body: Body, to: Stream | Table) -> str
         + (_DURATION if times else ""),
         saves="".join(f"\tslot->saved[{n}] = {e};\n" for n, e in enumerate(body.saves)),
     )
+    return fragments + handlers + stub
 
 
 def _per_cpu(kernel: Kernel, symbol: str, member: str) -> int:
