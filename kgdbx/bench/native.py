@@ -27,6 +27,7 @@ _FACTS = KernelFacts(
     "#define CURRENT 0x100UL\n#define CPU_NUMBER 0x108UL\n#define PREEMPT_COUNT 0x110UL\n"
     "#define TASK_PID 0x10UL\n#define TASK_COMM 0x40UL\n#define GUARD 0x118UL\n"
     "#define WINDOW 0x40000000UL\n#define WINDOW_BYTES 0x200000UL\n#define TSC_HZ 1000000000UL\n"
+    "#define NS_PER_TICK 0x100000000UL\n"
 )
 _ONE_FIELD = Body(None, "\t*(u64 *)(rec + 48) = c->di;", (), 56, (), False, False)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from kgdbx.bench.figure import Figure, figure, ratio
 from kgdbx.bench.native import entry_cost
+from kgdbx.bench.stop_tier import hits_per_second_in_gdb
 from kgdbx.errors import MachineError
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import Vm, configure
@@ -45,6 +46,7 @@ def measure(rounds: int) -> Iterator[Figure]:
     for smp in (1, 4):
         yield from _costs(smp, rounds)
     yield from entry_cost(rounds)
+    yield from _beside_gdb(rounds)
     yield from _ring()
     yield from _many(rounds)
 
@@ -82,6 +84,10 @@ def _kernel_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
 
 def _resident_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
     bare = _ns_per_call(vm, smp)
+    return _probed_ns(vm, smp, texts) - bare
+
+
+def _probed_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
     with Session.attach_vm(vm.info) as session:
         definitions = [parse_definition(text.format(f=_CALLED)) for text in texts]
         probes = session.define_many(definitions, tier="resident", inlined_copies=False)
@@ -90,7 +96,22 @@ def _resident_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
         session.run(command=command)
         if any(probe.hits != _CALLS for probe in probes):
             raise MachineError(f"{[probe.hits for probe in probes]} hits of {_CALLS} calls")
-        return int(command.output.split()[1]) - bare
+        return float(command.output.split()[1])
+
+
+def _beside_gdb(rounds: int) -> Iterator[Figure]:
+    # Hits a second of one function that system calls reach in a loop, in turn on one VM.
+    ours, gdbs = [], []
+    with clone(make_template(configure("6.1", smp=1))) as vm:
+        for _ in range(rounds):
+            calling = vm.start(f"caller 1 {_CALLS * _CALLS}")
+            try:
+                gdbs.append(hits_per_second_in_gdb(vm, "plain", _CALLED))
+            finally:
+                calling.discard()
+            ours.append(1e9 / _probed_ns(vm, 1, _RESIDENT["entry"]))
+    yield ratio("probes.resident.vs_gdb", ours, gdbs)
+    yield figure("probes.resident.hits_per_s", ours, "1/s")
 
 
 def _ring() -> Iterator[Figure]:

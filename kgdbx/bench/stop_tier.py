@@ -25,7 +25,7 @@ from kgdbx.probes.probe import Probe
 from kgdbx.session import Session
 from kgdbx.target.base import BreakpointKind, Stop
 
-__all__ = ("COLUMNS", "column_probes", "hits_per_second", "measure")
+__all__ = ("COLUMNS", "column_probes", "hits_per_second", "hits_per_second_in_gdb", "measure")
 
 COLUMNS = ("k", "j", "r", "kr", "jr")
 """The kprobes guide's columns: kprobe, jprobe, kretprobe, and both at one function."""
@@ -120,11 +120,11 @@ def _samples(
     # Everything in turn, so that a machine that gets slower does so for all.
     variants: dict[str, Callable[[], float]] = {}
     if roundtrips:
-        variants["gdb.plain"] = functools.partial(_in_gdb, vm, "plain", function)
+        variants["gdb.plain"] = functools.partial(hits_per_second_in_gdb, vm, "plain", function)
         variants["roundtrip"] = functools.partial(_roundtrips, vm, function)
     for column in columns:
         variants[f"stop.{column}"] = functools.partial(_headless, vm, column, function)
-        variants[f"gdb.{column}"] = functools.partial(_in_gdb, vm, column, function)
+        variants[f"gdb.{column}"] = functools.partial(hits_per_second_in_gdb, vm, column, function)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     workload = vm.start(command)
     try:
@@ -164,7 +164,12 @@ def _roundtrips(vm: Vm, function: str) -> float:
         return _HITS / (time.perf_counter() - start)
 
 
-def _in_gdb(vm: Vm, what: str, function: str) -> float:
+def hits_per_second_in_gdb(vm: Vm, what: str, function: str) -> float:
+    """Hits a second of a function inside a gdb of its own.
+
+    :param what: ``plain`` for a bare gdb breakpoint, or a column
+    :raises MachineError: if gdb measures nothing
+    """
     with tempfile.TemporaryDirectory(prefix="kgdbx-bench-") as directory:
         result = Path(directory) / "result.json"
         code = (
