@@ -25,6 +25,7 @@ from kgdbx.probes.probe import Hit, Probe
 from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import read_script
 from kgdbx.resident.compile.codegen import NotResident
+from kgdbx.resident.ftrace_guard import FtraceGuard
 from kgdbx.resident.place.displacement import CannotDisplace
 from kgdbx.resident.recover import Recovery
 from kgdbx.resident.tier import ResidentTier
@@ -94,6 +95,8 @@ class Session:
         self.resident = ResidentTier(
             kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
         )
+        guard = FtraceGuard(kernel, self.resident.engine, self.probes.register, self.probes)
+        self.resident.engine.placed_listeners.append(guard.follow)
         if isinstance(target, RspTarget) and ram is not None:
             self.probes.use_doorbell(self.resident.doorbell)
         self._done = threading.Event()

@@ -55,7 +55,7 @@ class ProbeManager:
 
     def __iter__(self) -> Iterator[Probe]:
         """The registered probes, in the order of their registration."""
-        return iter([p for p in self._probes if not self._module_events.owns(p)])
+        return iter([p for p in self._probes if not p.is_internal])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -28,10 +28,6 @@ class ModuleEvents:
         self._manager = manager
         self._own: list[Probe] = []
 
-    def owns(self, probe: Probe) -> bool:
-        """Whether a probe is one of the loader's, which listings do not show."""
-        return probe in self._own
-
     def follow(self) -> None:
         """Watch the loader from now on; does nothing the second time."""
         if self._own:
@@ -51,6 +47,7 @@ class ModuleEvents:
         ]
         try:
             for probe in self._own:
+                probe.is_internal = True
                 self._manager.register(probe)
         except BaseException:
             for probe in self._own:

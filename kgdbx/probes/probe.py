@@ -154,6 +154,7 @@ class Probe(abc.ABC):
         self.faults: collections.deque[HandlerFault] = collections.deque(maxlen=_FAULTS_KEPT)
         self.handler_s = 0.0
         self.notes: tuple[str, ...] = ()
+        self.is_internal = False  # one of kgdbx's own, which listings do not show
         self.tier_reason = ""  # why it is not resident, though it might have been
         self.text = f"{self.kind} {where:#x}" if isinstance(where, int) else f"{self.kind} {where}"
         self.manager: ProbeManager | None = None

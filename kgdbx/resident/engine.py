@@ -15,6 +15,7 @@ from kgdbx.resident.holding import Holding, take_hold
 from kgdbx.resident.host import HostView
 from kgdbx.resident.journal import Journal, Patch
 from kgdbx.resident.place.displace import Displacement, displace, tasks_inside
+from kgdbx.resident.place.displacement import FTRACE_NOP
 from kgdbx.resident.program import Counts, Program, Site
 from kgdbx.resident.returns import (
     RET_ADDR_AT,
@@ -50,6 +51,7 @@ class Engine:
     :param overwrite: the newest records win when the host does not keep up
     :ivar ring_bytes: what rings that are still to be made get
     :ivar overwrite: as given, for rings that are still to be made
+    :ivar placed_listeners: called when probes were placed
     :param handling: the vCPU whose handlers run: the guest must not go on from there
     """
 
@@ -76,6 +78,8 @@ class Engine:
         self._sites: dict[int, Site] = {}
         self._next_id = 1
         self._ever: dict[Program, None] = {}  # return probes that were taken out
+        self._lifted: set[int] = set()  # sites without their jump: ftrace's call is there
+        self.placed_listeners: list[Callable[[], None]] = []
         self._batch: list[Program] | None = None
         self._removals: list[Program] | None = None
         self._blacklist: Blacklist | None = None
@@ -187,6 +191,8 @@ class Engine:
         holding.link_returns((*self.programs.values(), *programs))
         self._patch(holding, changed, stubs)
         self.programs.update((program.id, program) for program in programs)
+        for listener in self.placed_listeners:
+            listener()
 
     @contextlib.contextmanager
     def removals(self) -> Iterator[None]:
@@ -217,7 +223,8 @@ class Engine:
             else:
                 restored.append(self._sites.pop(address))
         for site in restored:
-            self._write_code(site.displacement.address, site.displacement.original[:_JUMP_BYTES])
+            self._restore(site)
+        self._lifted.difference_update(site.displacement.address for site in restored)
         holding.journal.restored(site.displacement.address for site in restored)
         if rebuilt:
             self._patch(holding, rebuilt, self._builder.build(holding, rebuilt, ()))
@@ -258,6 +265,46 @@ class Engine:
         holding.journal.close()
         self._holding = None
         self._ever.clear()
+
+    # Beside the guest's own ftrace
+
+    @property
+    def ftrace_sites(self) -> set[int]:
+        """Where jumps stand in place of the NOP that ftrace writes its calls over."""
+        return {
+            address
+            for address, site in self._sites.items()
+            if site.displacement.is_ftrace_nop and address not in self._lifted
+        }
+
+    def lift(self, addresses: Sequence[int]) -> None:
+        """Put the NOPs back, and keep the probes. The kernel stands."""
+        holding = self._holding
+        assert holding is not None
+        for address in addresses:
+            self._restore(self._sites[address])
+            self._lifted.add(address)
+        holding.journal.restored(addresses)
+
+    def put_back(self) -> list[int]:
+        """Write the jumps of lifted sites where there are NOPs again. The kernel stands.
+
+        :return: where that was
+        """
+        holding = self._holding
+        free = [
+            address
+            for address in self._lifted
+            if self.kernel.read_code(address, _JUMP_BYTES) == FTRACE_NOP
+        ]
+        if holding is not None and free:
+            self._lifted.difference_update(free)
+            sites = [self._sites[address] for address in free]
+            patches = [Patch(s.displacement.address, FTRACE_NOP, s.jump) for s in sites]
+            holding.journal.patches(patches)
+            for patch in patches:
+                self._write_code(patch.address, patch.replacement)
+        return free
 
     # Results
 
@@ -346,6 +393,8 @@ class Engine:
         patches: list[Patch] = []
         for address, site in sites.items():
             site.jump = jump(address, stubs[address])
+            if address in self._lifted:
+                continue
             original = site.displacement.original[:_JUMP_BYTES]
             patches.append(Patch(address, original, site.jump))
         holding.journal.patches(patches)
@@ -419,6 +468,11 @@ class Engine:
                 if pending.ret_addr in behind:
                     true = without_gone(pending.ret_addr)
                     self.host.write(pending.slot + RET_ADDR_AT, true.to_bytes(8, "little"))
+
+    def _restore(self, site: Site) -> None:
+        at = site.displacement.address
+        if at not in self._lifted:
+            self._write_code(at, site.displacement.original[:_JUMP_BYTES])
 
     def _write_code(self, address: int, data: bytes) -> None:
         self.kernel.memory.write(address, data)

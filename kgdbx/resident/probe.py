@@ -119,7 +119,7 @@ class ResidentProbe(Probe):
 
     @hits.setter
     def hits(self, value: int) -> None:
-        self._counted[0] = value
+        self._counted[0] += value - self._total(0)
 
     @property
     def nmissed(self) -> int:
@@ -128,7 +128,7 @@ class ResidentProbe(Probe):
 
     @nmissed.setter
     def nmissed(self, value: int) -> None:
-        self._counted[1] = value
+        self._counted[1] += value - self._total(1)
 
     @property
     def nfaults(self) -> int:
@@ -137,7 +137,7 @@ class ResidentProbe(Probe):
 
     @nfaults.setter
     def nfaults(self, value: int) -> None:
-        self._counted[2] = value
+        self._counted[2] += value - self._total(2)
 
     def _total(self, index: int) -> int:
         total = self._counted[index]

@@ -1,0 +1,49 @@
+"""The guest's own tracers and probes beside resident probes: ftrace finds what it expects."""
+
+from typing import Any
+
+from kgdbx.probes.probe import HandlerFault, Probe
+
+FUNCTION = "__x64_sys_getpgid"
+CALLS = 53
+TRACE = "/sys/kernel/tracing"
+WORK = f"caller 2 {CALLS} > /dev/null"
+LINES = f"grep -c 'caller.*{FUNCTION}' {TRACE}/trace; true"
+
+
+def test_ftrace_may_trace_what_we_probe(guest: Any) -> None:
+    faults: list[tuple[Probe, HandlerFault]] = []
+    guest.session.probes.fault_listeners.append(lambda *fault: faults.append(fault))
+    text = guest.text()
+    (entry,) = guest.session.define(f"p {FUNCTION}", tier="resident")
+    (back,) = guest.session.define(f"r {FUNCTION}", tier="resident")
+    (other,) = guest.session.define("p __x64_sys_getpriority", tier="resident")
+    assert list(guest.session.probes) == [entry, back, other]
+    guest.run(WORK)
+    assert (entry.hits, back.hits) == (CALLS, CALLS)
+    guest.run(
+        f"echo {FUNCTION} > {TRACE}/set_ftrace_filter; echo function > {TRACE}/current_tracer"
+    )
+    assert [probe for probe, _ in faults] == [entry, back]
+    assert "lifted as long as the guest's own ftrace traces the function" in str(faults[0][1].error)
+    assert entry.tier_reason.startswith("lifted") and not other.tier_reason
+    assert guest.run(f"{WORK}; {LINES}").split() == [str(CALLS)]
+    assert (entry.hits, back.hits) == (CALLS, CALLS)
+    # A probe taken out meanwhile leaves ftrace's call alone.
+    back.unregister()
+    assert guest.run(f"{WORK}; {LINES}").split() == [str(2 * CALLS)]
+    guest.run(f"echo nop > {TRACE}/current_tracer; {WORK}")
+    assert not entry.tier_reason
+    assert entry.hits == 2 * CALLS
+    # The kernel's own kprobes come by way of ftrace, too.
+    event = f"echo 'p:k/e {FUNCTION}' > {TRACE}/kprobe_events; echo 1 > {TRACE}/events/k/enable"
+    assert guest.run(f"{event}; {WORK}; grep -c 'e: ({FUNCTION}' {TRACE}/trace").split() == [
+        str(CALLS)
+    ]
+    assert entry.tier_reason
+    guest.run(f"echo 0 > {TRACE}/events/k/enable; echo > {TRACE}/kprobe_events; {WORK}")
+    assert entry.hits == 3 * CALLS
+    assert "WARNING" not in guest.run("dmesg")
+    entry.unregister()
+    other.unregister()
+    assert guest.text() == text
