@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import threading
 import time
@@ -14,6 +15,7 @@ from kgdbx.endings import GuestCommand, stop_at_end, stop_on_signals
 from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost, TargetTimeout
 from kgdbx.machine.headers import kernel_header
 from kgdbx.machine.info import VmInfo
+from kgdbx.machine.sysrq import sysrq_g
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.defined import probe_from_definition
@@ -31,9 +33,13 @@ from kgdbx.resident.recover import Recovery
 from kgdbx.resident.tier import ResidentTier
 from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe
 from kgdbx.symbols.kernel import Kernel
+from kgdbx.symbols.kgdb import kgdb_ram, kgdb_symbols
 from kgdbx.target.base import Stop, Target
+from kgdbx.target.break_in import BreakIn, sysrq_over_console
+from kgdbx.target.kgdb import KgdbTarget
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
+from kgdbx.target.serial_line import is_tty
 
 __all__ = ("Refused", "Session", "Tier", "open_ram")
 
@@ -108,18 +114,51 @@ class Session:
         self._closed = False
 
     @classmethod
-    def connect(cls, where: str, vmlinux: str | None = None) -> "Session":
+    def connect(
+        cls, where: str, vmlinux: str | None = None, *, sysrq: str | None = None
+    ) -> "Session":
         """Attach without gdb to a VM by its name, or to any stub.
 
-        :param where: name of a VM of ours, path of a Unix socket, or ``host:port``
+        :param where: name of a VM of ours, path of a Unix socket, or ``host:port``; for KGDB a
+            tty (``/dev/ttyS0,115200``), or one of the others behind ``kgdb:``
         :param vmlinux: the kernel's file; a VM of ours knows its own
+        :param sysrq: line of the console over which KGDB's kernel can be stopped
         :raises CommandError: if *vmlinux* is needed and missing
         """
+        line = where.removeprefix("kgdb:")
+        if line != where or is_tty(where):
+            return cls._connect_kgdb(line, vmlinux, sysrq)
+        if sysrq is not None:
+            raise CommandError(f"{where} is stopped by its stub; --sysrq is for KGDB: kgdb:{where}")
         if "/" not in where and ":" not in where:
             return cls.attach_vm(find_vm(where).info)
         if vmlinux is None:
             raise CommandError(f"give the vmlinux with debug symbols of the kernel at {where}")
         return cls.attach(RspTarget(where), Path(vmlinux).expanduser())
+
+    @classmethod
+    def _connect_kgdb(cls, line: str, vmlinux: str | None, sysrq: str | None) -> "Session":
+        if "/" not in line and ":" not in line:
+            return cls.attach_kgdb(find_vm(line).info)
+        if vmlinux is None:
+            raise CommandError(f"give the vmlinux with debug symbols of the kernel at {line}")
+        break_in = sysrq_over_console(sysrq) if sysrq is not None else None
+        return cls.attach(KgdbTarget(line, break_in=break_in), Path(vmlinux).expanduser())
+
+    @classmethod
+    def attach_kgdb(cls, info: VmInfo) -> "Session":
+        """Attach without gdb to the KGDB of a VM of ours, as to that of any machine: over its
+        serial line. It is stopped by SysRq-g on its console.
+
+        :raises CommandError: if the VM's kernel has no KGDB
+        """
+        if not info.kgdb_socket.exists():
+            raise CommandError(
+                f"the kernel of VM {info.name} has no KGDB; run one: kgdbx vm run --kernel kgdb"
+            )
+        break_in: BreakIn = functools.partial(sysrq_g, info)
+        target = KgdbTarget(str(info.kgdb_socket), break_in=break_in)
+        return cls.attach(target, info.vmlinux, debug_modules=info.debug_modules)
 
     @classmethod
     def attach_vm(cls, info: VmInfo) -> "Session":
@@ -162,6 +201,9 @@ class Session:
         try:
             ram_end = sum(ram.ranges()[-1]) if ram is not None else 0
             kernel = Kernel.attach(target, vmlinux, debug_modules=debug_modules, ram_end=ram_end)
+            if isinstance(target, KgdbTarget):
+                target.read_ahead_in(*kgdb_ram(kernel))
+                target.use_symbols(kgdb_symbols(kernel))
             return cls(target, kernel, ram=ram, journal=journal)
         except BaseException:
             target.close()

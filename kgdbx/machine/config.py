@@ -5,12 +5,16 @@ from pathlib import Path
 
 from kgdbx.errors import MachineError
 from kgdbx.machine.kernels import StockKernel
+from kgdbx.machine.kgdb_kernel import KGDB_KERNEL
 from kgdbx.machine.kvm import kvm_works
 from kgdbx.machine.qemu import Qemu
 
 __all__ = ("MachineConfig", "command_line", "resolve_accel", "resolve_cpu_model")
 
 _APPEND = "console=ttyS0 panic=-1"
+# KGDB has the second serial port, so the agent goes to the fourth: the third has the console's
+# interrupt.
+_APPEND_KGDB = "console=ttyS0 panic=-1 kgdboc=ttyS1,115200 agent=ttyS3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +72,44 @@ def command_line(
     size = config.memory_bytes
     accel = "tcg,thread=multi" if config.accel == "tcg" else config.accel
     share = "on" if ram_shared else "off"
+    kgdb = config.kernel.name == KGDB_KERNEL
+    append = _APPEND_KGDB if kgdb else _APPEND
     return [
         *qemu.argv(),
         *("-no-user-config", "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot"),
         *("-M", "q35,memory-backend=m0", "-accel", accel, "-cpu", config.cpu_model),
-        *("-smp", str(config.smp), "-m", f"{size}B"),
+        *("-smp", _topology(config), "-m", f"{size}B"),
         "-object",
         f"memory-backend-file,id=m0,size={size}B,mem-path={_escape(ram)},share={share}",
         *("-kernel", str(config.kernel.vmlinuz), "-initrd", str(config.initramfs)),
-        *("-append", f"{_APPEND} {config.append}".strip()),
-        *("-chardev", f"file,id=console0,path={_escape(directory / 'console.log')}"),
-        *("-serial", "chardev:console0"),
-        *_server("exec0", directory / "exec.sock"),
-        *("-serial", "chardev:exec0"),
+        *("-append", f"{append} {config.append}".strip()),
+        *_serial_ports(directory, kgdb=kgdb),
         *_server("gdb0", directory / "gdb.sock"),
         *("-gdb", "chardev:gdb0"),
         *_server("qmp0", directory / "qmp.sock"),
         *("-mon", "chardev=qmp0,mode=control"),
         *config.extra_args,
+    ]
+
+
+# SeaBIOS puts the first CPU of each socket into the MP table, where the KGDB kernel looks.
+def _topology(config: MachineConfig) -> str:
+    if config.kernel.name != KGDB_KERNEL:
+        return str(config.smp)
+    return f"{config.smp},sockets={config.smp},cores=1,threads=1"
+
+
+def _serial_ports(directory: Path, *, kgdb: bool) -> list[str]:
+    log = _escape(directory / "console.log")
+    agent = [*_server("exec0", directory / "exec.sock"), "-serial", "chardev:exec0"]
+    if not kgdb:
+        return ["-chardev", f"file,id=console0,path={log}", "-serial", "chardev:console0", *agent]
+    option, console = _server("console0", directory / "console.sock")
+    return [
+        *(option, f"{console},logfile={log}", "-serial", "chardev:console0"),
+        *_server("kgdb0", directory / "kgdb.sock"),
+        *("-serial", "chardev:kgdb0", "-serial", "none"),
+        *agent,
     ]
 
 

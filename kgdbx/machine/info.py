@@ -30,7 +30,7 @@ __all__ = (
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SOCKET_PATH_BYTES = 107
-_LONGEST_SOCKET = "qmp.sock"
+_LONGEST_SOCKET = "console.sock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,16 @@ class VmInfo:
     def alive(self) -> bool:
         """Whether its QEMU runs."""
         return is_alive(self.pid, self.started)
+
+    @property
+    def kgdb_socket(self) -> Path:
+        """Unix socket of the serial port that KGDB has; there in a VM with the KGDB kernel."""
+        return self.directory / "kgdb.sock"
+
+    @property
+    def console_socket(self) -> Path:
+        """Unix socket of the console's serial port; there in a VM with the KGDB kernel."""
+        return self.directory / "console.sock"
 
     @property
     def journal(self) -> Path:

@@ -22,6 +22,7 @@ from kgdbx.machine.config import (
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.initramfs import build_initramfs
 from kgdbx.machine.kernels import StockKernel, fetch_kernel
+from kgdbx.machine.kgdb_kernel import KGDB_KERNEL, get_kgdb_kernel
 from kgdbx.machine.process import is_alive, kill_process, spawn, start_time
 from kgdbx.machine.qemu import Qemu, find_qemu
 from kgdbx.machine.qmp import Qmp
@@ -129,7 +130,8 @@ def configure(
 ) -> MachineConfig:
     """Choose what a machine is made of; fetches and builds what is not there.
 
-    :param kernel: a kernel or the name of its flavour, such as ``6.1``
+    :param kernel: a kernel or the name of its flavour, such as ``6.1``; ``kgdb`` for the one that
+        is built here
     :param smp: number of vCPUs
     :param memory_bytes: size of guest RAM
     :param cpu_model: one of QEMU's, empty for the accelerator's default
@@ -141,7 +143,7 @@ def configure(
     :raises MachineError: if a part cannot be had
     """
     qemu = qemu or find_qemu()
-    kernel = fetch_kernel(kernel) if isinstance(kernel, str) else kernel
+    kernel = _kernel(kernel) if isinstance(kernel, str) else kernel
     accel = resolve_accel(qemu, kernel, accel)
     return MachineConfig(
         kernel=kernel,
@@ -280,6 +282,10 @@ def _wait_started(
         except MachineError as e:
             # Its own words say more than a connection that broke.
             raise MachineError(f"QEMU did not start: {_tail(log) or e}") from e
+
+
+def _kernel(name: str) -> StockKernel:
+    return get_kgdb_kernel() if name == KGDB_KERNEL else fetch_kernel(name)
 
 
 # RAM that does not fit ends in SIGBUS much later.

@@ -69,6 +69,8 @@ class ResidentTier:
 
         :raises NotResident: if not
         """
+        if not self._kernel.target.capabilities.writes_code:
+            raise NotResident("KGDB does not write kernel text, which the kernel protects")
         if not self._kernel.memory.booted:
             raise NotResident("the kernel has not booted")
 

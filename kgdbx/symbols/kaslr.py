@@ -27,8 +27,9 @@ def find_slide(target: Target, vmlinux: ElfSymbols) -> int | None:
     """
     banner = vmlinux.address("linux_banner")
     expected = vmlinux.read(banner, 256).split(b"\0")[0]
+    slides: list[int] = [*_likely_slides(target, vmlinux), *_slides()]
     for cpu in target.cpus():
-        for slide in _slides():
+        for slide in slides:
             try:
                 if read_mapped(target, cpu, banner + slide, len(_BANNER)) != _BANNER:
                     continue
@@ -88,6 +89,17 @@ def run_to_kernel_entry(target: Target, vmlinux: ElfSymbols, timeout_s: float) -
 
 def _slides() -> range:
     return range(0, _SLIDES * _SLIDE_STEP, _SLIDE_STEP)
+
+
+def _likely_slides(target: Target, vmlinux: ElfSymbols) -> list[int]:
+    # A CPU that was stopped for KGDB is in this function; over its line each read takes long.
+    found: list[int] = []
+    for symbol in vmlinux.lookup("kgdb_breakpoint"):
+        for cpu in target.cpus():
+            slide = (target.read_registers(cpu).rip - symbol.address) & -_SLIDE_STEP
+            if slide in _slides():
+                found.append(int(slide))
+    return found
 
 
 def _read_anywhere(target: Target, address: int, size_bytes: int) -> bytes:

@@ -99,6 +99,7 @@ class Capabilities:
     :ivar writes_while_running: guest-physical memory can be written without stopping the kernel
     :ivar single_cpu_step: one vCPU can be stepped while the others stand still
     :ivar clock_stops: guest time stands still during a stop, so that watchdogs do not fire
+    :ivar writes_code: code can be written at a stop, though the kernel protects it
     """
 
     hardware_breakpoints: int
@@ -108,6 +109,7 @@ class Capabilities:
     writes_while_running: bool
     single_cpu_step: bool
     clock_stops: bool
+    writes_code: bool = True
 
 
 class Target(abc.ABC):

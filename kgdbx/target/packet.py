@@ -3,14 +3,13 @@
 "Overview" and "Packets" in the gdb manual's appendix "gdb Remote Serial Protocol".
 """
 
-import contextlib
-import os
 import re
 import select
 import socket
 import time
 
 from kgdbx.errors import ProtocolError, TargetError, TargetLost, TargetTimeout
+from kgdbx.target.wake import Wake
 
 __all__ = ("PacketConnection", "connect_stream")
 
@@ -65,16 +64,13 @@ class PacketConnection:
         self._buffer = bytearray()
         self._unacknowledged = False
         self._last_sent = b""
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self._woken = False
+        self._wake = Wake()
         self._spin_end = 0.0
         self._poll = select.poll()
         self._poll.register(stream, select.POLLIN)
         self._poll_wake = select.poll()
         self._poll_wake.register(stream, select.POLLIN)
-        self._poll_wake.register(self._wake_read, select.POLLIN)
+        self._poll_wake.register(self._wake.fileno(), select.POLLIN)
         self.packets_sent = 0
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -132,27 +128,21 @@ class PacketConnection:
     @property
     def woken(self) -> bool:
         """Whether there was a :meth:`wake` since the last :meth:`forget_wake`."""
-        return self._woken
+        return self._wake.is_set
 
     def wake(self) -> None:
         """End each :meth:`receive_or_wake`; may be called from a signal handler or a thread."""
-        self._woken = True
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
-            os.write(self._wake_write, b"w")
+        self._wake.set()
 
     def forget_wake(self) -> None:
         """Let :meth:`receive_or_wake` wait again."""
-        self._woken = False
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_read, 64):
-                pass
+        self._wake.clear()
 
     def close(self) -> None:
         """Close the socket; does nothing the second time."""
         if self._stream.fileno() >= 0:
             self._stream.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            self._wake.close()
 
     def _receive(self, deadline: float | None, poll: select.poll) -> bytes | None:
         naks = 0
@@ -171,11 +161,11 @@ class PacketConnection:
             if self._stream.fileno() < 0:
                 raise TargetLost("the connection to the stub is closed")
             # With one answer after the other there would be no time to see the deadline.
-            asked = poll is self._poll_wake and (self._woken or remaining == 0)
+            asked = poll is self._poll_wake and (self._wake.is_set or remaining == 0)
             if not asked and self._spin(deadline):
                 continue
             ready = poll.poll(None if remaining is None else remaining * 1000)
-            if not ready or any(fd == self._wake_read for fd, _ in ready):
+            if not ready or any(fd == self._wake.fileno() for fd, _ in ready):
                 return None
             self._fill()
 

@@ -1,4 +1,5 @@
-"""The targets that the contract is about: a fake, a VM over RSP, and a VM under gdb.
+"""The targets that the contract is about: a fake, a VM over RSP, a VM over KGDB's serial line, and
+a VM under gdb.
 
 Inside gdb (see tests/gdb/test_gdb_target.py) the last one, elsewhere the others.
 """
@@ -13,11 +14,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kgdbx.machine.snapshot import Template, clone, make_template
+from kgdbx.machine.sysrq import sysrq_g
 from kgdbx.machine.vm import Vm, configure
 from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.symbols.kaslr import find_slide
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.symbols.kgdb import kgdb_ram, kgdb_symbols
 from kgdbx.target.base import Target
 from kgdbx.target.fake import FakeInstruction, FakeTarget
+from kgdbx.target.kgdb import KgdbTarget
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
 
@@ -112,6 +117,9 @@ class VmGuest(Guest):
         symbols = ElfSymbols(info.vmlinux)
         slide = find_slide(self.target, symbols)
         assert slide is not None
+        self._find(symbols, slide)
+
+    def _find(self, symbols: ElfSymbols, slide: int) -> None:
         self.probed = symbols.address("__x64_sys_getpgid") + slide
         self.following = self.probed + 5  # behind the NOP of ftrace
         self.data = symbols.address("panic_timeout") + slide
@@ -135,9 +143,34 @@ class VmGuest(Guest):
         return self._attach("/nonexistent/gdb.sock")
 
 
+class KgdbGuest(VmGuest):
+    """A clone of the KGDB kernel with 2 vCPUs, over its serial line."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.ram = None
+        self._attach = KgdbTarget
+        break_in = functools.partial(sysrq_g, vm.info)
+        self.target = target = KgdbTarget(str(vm.info.kgdb_socket), break_in=break_in)
+        kernel = Kernel.attach(target, vm.info.vmlinux)
+        target.read_ahead_in(*kgdb_ram(kernel))
+        target.use_symbols(kgdb_symbols(kernel))
+        self._find(kernel.vmlinux, kernel.slide)
+
+
 @functools.cache
-def template() -> Template:
-    return make_template(configure("6.1", smp=2))
+def template(kernel: str = "6.1") -> Template:
+    return make_template(configure(kernel, smp=2))
+
+
+def kgdb_guest() -> Iterator[KgdbGuest]:
+    with clone(template("kgdb")) as vm:
+        guest = KgdbGuest(vm)
+        try:
+            yield guest
+        finally:
+            if vm.alive:
+                guest.target.close()
 
 
 def vm_guest(attach: Callable[..., Target], *, with_ram: bool) -> Iterator[VmGuest]:
@@ -155,11 +188,16 @@ def vm_guest(attach: Callable[..., Target], *, with_ram: bool) -> Iterator[VmGue
 KINDS = ("gdb",) if "gdb" in sys.modules else ("fake", "rsp")
 
 
-@pytest.fixture(params=[kind + ram for kind in KINDS for ram in ("", "+ram")])
+KGDB = () if "gdb" in sys.modules else ("kgdb",)
+
+
+@pytest.fixture(params=[*(kind + ram for kind in KINDS for ram in ("", "+ram")), *KGDB])
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     kind, _, ram = request.param.partition("+")
     if kind == "fake":
         yield FakeGuest(with_ram=bool(ram))
+    elif kind == "kgdb":
+        yield from kgdb_guest()
     elif kind == "rsp":
         yield from vm_guest(RspTarget, with_ram=bool(ram))
     else:

@@ -1,4 +1,4 @@
-"""vm fetch, run, list, exec, clone, stop: kernels and VMs."""
+"""vm fetch, build, run, list, exec, clone, stop: kernels and VMs."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from kgdbx.commands.registry import argument
 from kgdbx.errors import CommandError
 from kgdbx.machine.config import MachineConfig
 from kgdbx.machine.kernels import FLAVOURS, fetch_kernel
+from kgdbx.machine.kgdb_kernel import KGDB_KERNEL, build_kgdb_kernel
 from kgdbx.machine.qemu import find_qemu
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import configure, find_vm, launch, list_vms, stop
@@ -19,7 +20,12 @@ _KERNELS = tuple(flavour.name for flavour in FLAVOURS)
 _BOOT_S = 120.0
 
 MACHINE_ARGUMENTS = (
-    argument("--kernel", choices=_KERNELS, default=_KERNELS[0], help="kernel (default 6.1)"),
+    argument(
+        "--kernel",
+        choices=(*_KERNELS, KGDB_KERNEL),
+        default=_KERNELS[0],
+        help="kernel (default 6.1)",
+    ),
     argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default 2)"),
     argument("--memory", type=int, default=512, metavar="MIB", help="RAM (default 512)"),
     argument("--cpu", default="", metavar="MODEL", help="QEMU's CPU model"),
@@ -75,8 +81,20 @@ def fetch(out: TextIO, args: argparse.Namespace) -> None:
 
 
 @PROGRAM_COMMANDS.command(
+    name="vm build",
+    summary="Build the kernel with KGDB, from Debian's source.",
+    description="It takes some minutes, once; everything goes to ~/.cache/kgdbx. 'vm run --kernel\n"
+    "kgdb' builds it if it is not there; this builds it anew when there is a newer source.",
+    arguments=(argument("kernel", choices=(KGDB_KERNEL,), help=KGDB_KERNEL),),
+)
+def build(out: TextIO, args: argparse.Namespace) -> None:
+    kernel = build_kgdb_kernel()
+    print(f"Linux {kernel.release}: {kernel.vmlinux}", file=out)
+
+
+@PROGRAM_COMMANDS.command(
     name="vm run",
-    summary="Boot a VM with a stock kernel; it stays until it is stopped.",
+    summary="Boot a VM with a stock kernel, or the one with KGDB; it stays until it is stopped.",
     arguments=(
         *MACHINE_ARGUMENTS,
         _NAME,
@@ -105,7 +123,7 @@ def clone_(out: TextIO, args: argparse.Namespace) -> None:
 
 @PROGRAM_COMMANDS.command(name="vm list", summary="List the running VMs.")
 def list_(out: TextIO, args: argparse.Namespace) -> None:
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (
             vm.info.name,
             vm.info.release,
@@ -114,10 +132,13 @@ def list_(out: TextIO, args: argparse.Namespace) -> None:
             vm.info.accel,
             vm.info.pid,
             str(vm.info.gdb_socket),
+            str(vm.info.kgdb_socket) if vm.info.kernel == KGDB_KERNEL else "",
         )
         for vm in list_vms()
     ]
-    columns = ("name", "kernel", "cpus", "MiB", "accel", "pid", "gdb socket")
+    columns = ["name", "kernel", "cpus", "MiB", "accel", "pid", "gdb socket", "kgdb serial line"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     print(table(columns, rows, pick_style(out)), file=out)
 
 

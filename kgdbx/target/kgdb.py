@@ -1,0 +1,551 @@
+"""A kernel behind its own debugger, KGDB, over a serial line."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+
+from kgdbx.arch.registers import Registers
+from kgdbx.errors import (
+    MemoryFault,
+    ProtocolError,
+    TargetError,
+    TargetLost,
+    TargetTimeout,
+    Unsupported,
+)
+from kgdbx.target import stub
+from kgdbx.target.base import (
+    DEBUG_REGISTERS,
+    IDLE_S,
+    BreakpointKind,
+    Capabilities,
+    Stop,
+    StopReason,
+    Target,
+)
+from kgdbx.target.break_in import BreakIn
+from kgdbx.target.idle import IdleCalls
+from kgdbx.target.kgdb_breakpoints import MAX_SOFTWARE_BREAKPOINTS, KgdbBreakpoints
+from kgdbx.target.kgdb_memory import KgdbMemory
+from kgdbx.target.kgdb_packets import KgdbConnection
+from kgdbx.target.kgdb_state import KgdbState, KgdbSymbols
+from kgdbx.target.kgdb_threads import (
+    KGDB_LAYOUT,
+    PACKET_DIGITS,
+    KgdbRegisters,
+    cpu_of_shadow,
+    shadow_thread,
+    thread_ids,
+)
+from kgdbx.target.serial_line import SerialLine
+
+__all__ = ("KgdbTarget",)
+
+_ANSWER_S = 5.0
+_INT3 = b"\xcc"
+_SOFTWARE, _HARDWARE = BreakpointKind.SOFTWARE, BreakpointKind.HARDWARE
+_IF, _TF = 1 << 9, 1 << 8
+# Instructions that show or change the flags, behind prefixes: pushf, popf, iret, cli, sti.
+_FLAG_CODES = frozenset(b"\x9c\x9d\xcf\xfa\xfb")
+_PREFIXES = b"\x66\x48"
+_STEPS = 64
+_OVERTAKEN_S = 0.3
+# How long a kernel that stands may take for its first answer, and how long that is.
+_LISTENS_S = 0.3
+_LISTENS_BYTES = 1024
+
+
+class KgdbTarget(Target):
+    """A target over KGDB's serial line.
+
+    Attaching removes the breakpoints that a debugger which died left behind. Registers that KGDB
+    does not know are not there, never zero.
+
+    :param address: ``/dev/ttyS0[,115200]``, path of a Unix socket, or ``host:port``
+    :param break_in: stops a kernel that runs; None if there is no way but its own breakpoints
+    :param answer_s: seconds that KGDB has for an answer
+    :raises TargetTimeout: if KGDB does not answer: the kernel runs, and was not broken into
+    """
+
+    def __init__(
+        self, address: str, *, break_in: BreakIn | None = None, answer_s: float = _ANSWER_S
+    ) -> None:
+        self._address = address
+        self._break_in_way = break_in
+        self._answer_s = answer_s
+        self._running = False
+        self._closed = False
+        self._state: KgdbState | None = None
+        self._connection = KgdbConnection(SerialLine(address, answer_s), answer_s)
+        self._memory = KgdbMemory(self._connection)
+        self._breakpoints = KgdbBreakpoints(self._connection)
+        self._selected: int | None = None  # the CPU whose registers g gives
+        self._packets: dict[int, bytes] = {}  # g packets of this stop
+        self._rip = 0  # what KGDB has for rip of the CPU that stopped
+        self._moved: int | None = None  # where that CPU is to go on, if it is not there
+        self._early: bytes | None = None  # a stop reply that came with an acknowledgment
+        self._breaks_under_way = 0
+        try:
+            self._synchronize()
+            self._cpus = self._list_cpus()
+            self._stop = self._stopped(b"S05", resumed_by=b"")
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        return self._address
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            hardware_breakpoints=DEBUG_REGISTERS,
+            software_breakpoints=MAX_SOFTWARE_BREAKPOINTS,
+            physical_memory=self._state is not None,  # by way of the kernel's direct map
+            reads_while_running=False,
+            writes_while_running=False,
+            single_cpu_step=self._state is not None,
+            clock_stops=False,
+            writes_code=False,  # kernel text is write-protected for M
+        )
+
+    @property
+    def running(self) -> bool:
+        return self._running
+
+    @property
+    def connection(self) -> KgdbConnection:
+        """The packet layer, for its counters."""
+        return self._connection
+
+    @property
+    def can_break_in(self) -> bool:
+        """Whether a kernel that runs can be stopped from here."""
+        return self._break_in_way is not None
+
+    def cpus(self) -> tuple[int, ...]:
+        return self._cpus
+
+    def use_symbols(self, symbols: KgdbSymbols) -> None:
+        """Learn where the kernel's debugger keeps what its packets do not tell; the kernel stands.
+
+        From then on every register can be written, a step holds the other CPUs, and memory is read
+        ahead. If the kernel was stopped by a breakpoint of a debugger that died, that is undone.
+        """
+        self._state = KgdbState(self._memory, symbols)
+        stale = self._moved is None and self._stop.reason is not StopReason.INTERRUPT
+        if stale and self._state.was_breakpoint(self._rip - 1):
+            self._moved = self._rip - 1
+
+    def read_ahead_in(self, *ram: range) -> None:
+        """Say which virtual addresses are RAM, of which more may be read than is asked for."""
+        self._memory.read_ahead_in(*ram)
+
+    # Memory
+
+    def read_memory(self, address: int, size_bytes: int, *, cpu: int | None = None) -> bytes:
+        self._require_stopped("memory")
+        return self._memory.read(address, size_bytes)
+
+    def write_memory(self, address: int, data: bytes, *, cpu: int | None = None) -> None:
+        self._require_stopped("memory")
+        self._memory.write(address, data)
+
+    def read_physical(self, address: int, size_bytes: int) -> bytes:
+        self._require_stopped("memory")
+        try:
+            return self._memory.read(self._direct_mapped(address, size_bytes), size_bytes)
+        except MemoryFault:
+            raise MemoryFault(address, size_bytes, physical=True) from None
+
+    def write_physical(self, address: int, data: bytes) -> None:
+        self._require_stopped("memory")
+        try:
+            self._memory.write(self._direct_mapped(address, len(data)), data)
+        except MemoryFault:
+            raise MemoryFault(address, len(data), physical=True, write=True) from None
+
+    def flush_translations(self) -> None:
+        raise Unsupported("KGDB has no way to flush translations")
+
+    def _direct_mapped(self, address: int, size_bytes: int) -> int:
+        if self._state is None:
+            raise Unsupported(f"KGDB at {self.name} reads virtual memory only")
+        symbols = self._state.symbols
+        if address + size_bytes > symbols.ram_end:
+            raise MemoryFault(address, size_bytes, physical=True)
+        return symbols.direct_map + address
+
+    # Registers
+
+    def read_registers(self, cpu: int) -> Registers:
+        self._require_stopped("registers")
+        values = KgdbRegisters(self._packet(cpu), self._more_registers(cpu))
+        registers = Registers(values)
+        if cpu == self._stop.cpu and self._moved is not None:
+            values["rip"] = self._moved
+        return registers
+
+    def read_thread(self, pid: int) -> Registers:
+        """Registers of a task; of one that sleeps, ``rsp`` and ``rbp`` only.
+
+        :raises TargetError: if there is no such task
+        """
+        self._require_stopped("registers")
+        self._selected = None
+        if self._connection.exchange(b"Hg%x" % pid, _is_ok_or_error)[0] != b"OK":
+            raise TargetError(f"KGDB knows no task {pid}")
+        return Registers(KgdbRegisters(self._read_g()))
+
+    def write_registers(self, cpu: int, registers: Registers) -> None:
+        self._require_stopped("registers")
+        changed = registers.changed
+        for name, value in changed.items():
+            if name == "rip" and cpu == self._stop.cpu:
+                self._moved = value
+            elif name in KGDB_LAYOUT.number:
+                self._write_register(cpu, name, value)
+            else:
+                raise Unsupported(f"KGDB does not write {name}")
+
+    def _write_register(self, cpu: int, name: str, value: int) -> None:
+        number = KGDB_LAYOUT.number[name]
+        size = KGDB_LAYOUT.sizes_bytes[number]
+        data = value.to_bytes(size, "little")
+        # KGDB says OK to rsp and leaves it as it is (dbg_set_reg() in arch/x86/kernel/kgdb.c).
+        if name == "rsp" or cpu != self._stop.cpu:
+            if self._state is None:
+                raise Unsupported(
+                    f"KGDB writes no {name} of CPU {cpu}; give it the kernel's symbols"
+                )
+            self._memory.write(self._state.register_address(cpu, name), data)
+        else:
+            self._select(cpu)
+            self._expect_ok(b"P%x=%b" % (number, data.hex().encode()))
+        self._packets.pop(cpu, None)
+
+    def _more_registers(self, cpu: int) -> dict[str, Callable[[], int]]:
+        state = self._state
+        if state is None:
+            return {}
+        return {"gs_base": lambda: state.gs_base(cpu), "cr3": lambda: state.cr3(cpu)}
+
+    # Breakpoints
+
+    def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        self._require_stopped("a breakpoint")
+        self._breakpoints.insert(kind, address, size_bytes)
+
+    def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        self._require_stopped("a breakpoint")
+        self._breakpoints.remove(kind, address, size_bytes)
+
+    # Run control
+
+    def step(self, cpu: int) -> Stop:
+        self._require_stopped("a step")
+        if cpu != self._stop.cpu:
+            raise Unsupported(f"KGDB steps the CPU that stopped, {self._stop.cpu}, and no other")
+        registers = self.read_registers(cpu)
+        under = self._breakpoints.is_at(_SOFTWARE, registers.rip)
+        masked = self._mask_interrupts(cpu, registers)
+        if under:
+            self.remove_breakpoint(_SOFTWARE, registers.rip)
+        try:
+            stop = self._step(cpu)
+            if masked:
+                self._unmask_interrupts(cpu)
+        finally:
+            if under and not self._running:
+                self.insert_breakpoint(_SOFTWARE, registers.rip)
+        return stop
+
+    def _step(self, cpu: int) -> Stop:
+        command = b"s"
+        for _ in range(_STEPS):
+            if self._state is not None and command == b"s":
+                self._state.hold_others()
+            self._start(command)
+            stop = self._wait_stop(command)
+            if stop.cpu == cpu:
+                return stop
+            # Another CPU had reached a breakpoint of its own before; it will reach it again, and
+            # the one that is stepped ends its step when it is let.
+            command = b"c"
+        raise TargetTimeout(f"CPU {cpu} does not come to the end of its step")
+
+    def _mask_interrupts(self, cpu: int, registers: Registers) -> bool:
+        # A handler of an interrupt would run whole within the step, with the other CPUs held.
+        code = self._memory.read(registers.rip, 4).lstrip(_PREFIXES)
+        if not registers.eflags & _IF or code[0] in _FLAG_CODES:
+            return False
+        self._write_register(cpu, "eflags", registers.eflags & ~_IF)
+        return True
+
+    def _unmask_interrupts(self, cpu: int) -> None:
+        flags = self.read_registers(cpu).eflags
+        self._write_register(cpu, "eflags", flags & ~_TF | _IF)
+
+    def resume(self) -> None:
+        if not self._running:
+            self._start(b"c")
+
+    def interrupt(self) -> Stop:
+        if self._running:
+            self._ask_for_stop()
+        return self._stop
+
+    def request_stop(self) -> None:
+        self._connection.wake.set()
+
+    def forget_stop_request(self) -> None:
+        self._connection.wake.clear()
+
+    def run(
+        self,
+        on_stop: Callable[[Stop], bool] | None = None,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] | None = None,
+        idle_s: float = IDLE_S,
+    ) -> Stop | None:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            return self._run(on_stop, deadline, IdleCalls(on_idle, idle_s))
+        except TargetLost:
+            self._running = False  # what is asked next fails for the same reason
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            self.interrupt()  # so that the way out finds a kernel that stands
+            raise
+
+    def _run(
+        self, on_stop: Callable[[Stop], bool] | None, deadline: float, idle: IdleCalls
+    ) -> Stop | None:
+        wake = self._connection.wake
+        while True:
+            early = self._start(b"c") if not self._running else None
+            try:
+                idle.call_if_due()
+            except BaseException:
+                self._break_in(on_stop)
+                raise
+            until = min(deadline, idle.due)
+            packet = early or self._connection.receive_stop(None if until == math.inf else until)
+            if packet is None:
+                if wake.is_set or time.monotonic() >= deadline:
+                    wake.clear()
+                    self._break_in(on_stop)
+                    return None
+                continue
+            stop = self._stopped(packet, resumed_by=b"c")
+            if stop.reason is StopReason.INTERRUPT and self._breaks_under_way:
+                self._breaks_under_way -= 1  # asked for before, and overtaken by a breakpoint
+                continue
+            if on_stop is None or not on_stop(stop):
+                return stop
+
+    def _break_in(self, on_stop: Callable[[Stop], bool] | None) -> None:
+        # A breakpoint may have been faster than our break-in: it counts as any other.
+        stop = self.interrupt()
+        if stop.reason is not StopReason.INTERRUPT and on_stop is not None:
+            on_stop(stop)
+
+    def _ask_for_stop(self) -> None:
+        if self._break_in_way is None:
+            raise Unsupported(
+                f"the kernel at {self.name} runs, and KGDB does not listen meanwhile; attach with "
+                "--sysrq, or stop it there: echo g > /proc/sysrq-trigger"
+            )
+        with self._break_in_way():
+            self._breaks_under_way += 1
+            stop = self._wait_stop(b"c")
+        if stop.reason is StopReason.INTERRUPT:
+            self._breaks_under_way -= 1
+
+    # Let the kernel go; gives its stop reply if that has come already.
+    def _start(self, command: bytes) -> bytes | None:
+        if self._moved is not None and self._moved != self._rip:
+            # The address of where to go on is part of the command (kgdb_arch_handle_exception()).
+            payload = b"%b%x" % (command, self._moved)
+        else:
+            payload = command
+        early = self._early = self._connection.start(payload)
+        self._running = True
+        self._moved = None
+        self._selected = None
+        self._packets.clear()
+        self._memory.forget()
+        return early
+
+    def _wait_stop(self, command: bytes) -> Stop:
+        packet, self._early = self._early, None
+        if packet is None:
+            woken = self._connection.wake.is_set
+            self._connection.wake.clear()
+            try:
+                packet = self._connection.receive_stop(time.monotonic() + self._answer_s)
+            finally:
+                if woken:
+                    self._connection.wake.set()
+        if packet is None:
+            raise TargetTimeout(f"the kernel at {self.name} did not stop in {self._answer_s:g} s")
+        return self._stopped(packet, resumed_by=command)
+
+    def _stopped(self, packet: bytes, *, resumed_by: bytes) -> Stop:
+        self._running = False
+        self._early = None
+        signal = int(packet[1:3], 16)
+        cpu = self._find_cpu(packet)
+        rip = self._rip = KGDB_LAYOUT.unpack(self._packet(cpu))["rip"]
+        reason, address = StopReason.SIGNAL, None
+        if self._breakpoints.is_at(_SOFTWARE, rip - 1):
+            reason = StopReason.TRAP
+            self._moved = rip - 1  # int3 is reported behind itself
+        elif signal != 5:
+            pass
+        elif self._breakpoints.is_at(_HARDWARE, rip) or resumed_by == b"s":
+            reason = StopReason.TRAP
+        elif self._memory_or_nothing(rip - 1, 1) == _INT3:
+            reason = StopReason.INTERRUPT  # kgdb_breakpoint()'s own
+        elif (address := self._breakpoints.watched) is not None:
+            reason = StopReason.WATCHPOINT
+        else:
+            reason = StopReason.TRAP
+        self._stop = Stop(cpu, reason, address, signal)
+        return self._stop
+
+    def _find_cpu(self, packet: bytes) -> int:
+        self._packets.clear()
+        self._selected = None
+        thread = packet[3:].partition(b"thread:")[2].rstrip(b";")
+        shadow = cpu_of_shadow(int(thread, 16)) if thread else None
+        if len(self._cpus) == 1:
+            cpu = self._cpus[0]
+        elif shadow is not None:
+            cpu = shadow
+        elif self._state is not None:
+            cpu = self._state.active_cpu()
+        else:
+            return self._compare_registers()
+        self._selected = cpu  # g is about the CPU that stopped, until another one is asked for
+        return cpu
+
+    def _compare_registers(self) -> int:
+        # The task is told and not the CPU: it is the one whose registers are those of the task.
+        found = self._read_g()
+        for cpu in self._cpus:
+            if self._packet(cpu) == found:
+                return cpu
+        raise ProtocolError(f"KGDB at {self.name} stopped on none of its CPUs")
+
+    def close(self, *, resume: bool = True) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._running and (self.can_break_in or any(True for _ in self._breakpoints)):
+                self.interrupt()
+            if self._running:
+                return  # nothing of ours is in it
+            if resume:
+                self._detach()
+            else:
+                for kind, address, size in self._breakpoints:
+                    self._breakpoints.remove(kind, address, size)
+                self._connection.acknowledge()
+        except TargetLost:
+            self._running = False  # a kernel that is gone needs no cleaning
+        finally:
+            self._breakpoints.forget()
+            self._connection.close()
+
+    def _detach(self) -> None:
+        # D has no address to go on at, and KGDB lets the kernel run when its OK is acknowledged.
+        if self._moved is not None and self._moved != self._rip:
+            self._write_register(self._stop.cpu, "rip", self._moved)
+        self._connection.exchange(b"D", _is_ok_or_error)
+        self._connection.acknowledge()
+        self._running = True
+        # A break-in that a breakpoint has overtaken would stop a kernel that nobody waits for.
+        while self._breaks_under_way:
+            packet = self._connection.receive_stop(time.monotonic() + _OVERTAKEN_S)
+            if packet is None:
+                break
+
+    # Protocol
+
+    def _synchronize(self) -> None:
+        """Attach to whatever state the line is in, and remove old breakpoints."""
+        # KGDB may wait for a command, or for the acknowledgment of its last packet.
+        connection, break_in = self._connection, self._break_in_way
+        connection.line.write(b"+")
+        connection.quiet()
+        if break_in is None:
+            connection.exchange(b"?", _is_stop)
+        elif not self._stands():
+            connection.forgive()
+            with break_in():
+                # What was asked is on the line, and is answered now if it was not lost.
+                if connection.answer_to(b"?", self._answer_s) is None:
+                    connection.exchange(b"?", _is_stop)
+        connection.acknowledge()
+        # Questions that piled up while the kernel ran are being answered now.
+        connection.quiet()
+
+    def _stands(self) -> bool:
+        wait_s = _LISTENS_S + self._connection.line.transfer_s(_LISTENS_BYTES)
+        try:
+            self._connection.exchange(b"?", _is_stop, wait_s)
+        except TargetTimeout:
+            return False
+        return True
+
+    def _list_cpus(self) -> tuple[int, ...]:
+        reply = self._connection.read(b"qfThreadInfo", lambda reply: reply[:1] == b"m")
+        cpus = (cpu_of_shadow(thread) for thread in thread_ids(reply))
+        return tuple(sorted(cpu for cpu in cpus if cpu is not None)) or (0,)
+
+    def _packet(self, cpu: int) -> bytes:
+        packet = self._packets.get(cpu)
+        if packet is None:
+            self._select(cpu)
+            packet = self._packets[cpu] = self._read_g()
+        return packet
+
+    def _read_g(self) -> bytes:
+        return stub.decode_hex(
+            self._connection.read(b"g", lambda reply: len(reply) == PACKET_DIGITS)
+        )
+
+    def _select(self, cpu: int) -> None:
+        if cpu != self._selected:
+            if cpu not in self._cpus:
+                raise Unsupported(f"there is no CPU {cpu}; there are {len(self._cpus)}")
+            self._expect_ok(b"Hg" + shadow_thread(cpu))
+            self._selected = cpu
+
+    def _expect_ok(self, packet: bytes) -> None:
+        reply, _ = self._connection.exchange(packet, _is_ok_or_error)
+        if reply != b"OK":
+            raise ProtocolError(f"KGDB answers {reply!r} to {packet!r}")
+
+    def _memory_or_nothing(self, address: int, size_bytes: int) -> bytes:
+        with contextlib.suppress(MemoryFault):
+            return self._memory.read(address, size_bytes)
+        return b""
+
+    def _require_stopped(self, what: str) -> None:
+        if self._closed:
+            raise TargetLost(f"the line to {self.name} is closed")
+        if self._running:
+            raise Unsupported(f"{what} needs a stopped kernel; interrupt it first")
+
+
+def _is_stop(reply: bytes) -> bool:
+    return len(reply) >= 3 and reply[:1] in (b"S", b"T")
+
+
+def _is_ok_or_error(reply: bytes) -> bool:
+    return reply == b"OK" or (len(reply) == 3 and reply[:1] == b"E")
