@@ -36,6 +36,7 @@ from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.kgdb import kgdb_ram, kgdb_symbols
 from kgdbx.target.base import Stop, Target
 from kgdbx.target.break_in import BreakIn, sysrq_over_console
+from kgdbx.target.core import CoreRam, CoreTarget
 from kgdbx.target.kgdb import KgdbTarget
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
@@ -75,6 +76,7 @@ class Session:
     :param kernel: the kernel in it
     :param ram: the guest's RAM seen from the host
     :param journal: file to note changes of the guest in while there are any
+    :ivar ram: the guest's RAM seen from the host, or None
     :ivar event_listeners: called with each event, when the handlers of its stop are through and
         before the guest runs on
     :ivar recovery: what was put right that a killed session had left in the guest; None if
@@ -92,6 +94,7 @@ class Session:
         journal: Path | None = None,
     ) -> None:
         self.target = target
+        self.ram: GuestRam | CoreRam | None = ram
         self.kernel = kernel
         self.recovery: Recovery | None = None
         self.event_listeners: list[Callable[[Event], None]] = []
@@ -159,6 +162,23 @@ class Session:
         break_in: BreakIn = functools.partial(sysrq_g, info)
         target = KgdbTarget(str(info.kgdb_socket), break_in=break_in)
         return cls.attach(target, info.vmlinux, debug_modules=info.debug_modules)
+
+    @classmethod
+    def open_core(cls, core: Path, vmlinux: Path) -> "Session":
+        """Look at a kernel in a core file of QEMU's ``dump-guest-memory``; it never runs.
+
+        :raises TargetError: if the file cannot be used
+        :raises BuildIdMismatch: if *vmlinux* is of another kernel
+        """
+        target = CoreTarget(core)
+        try:
+            ram_end = sum(target.ram.ranges()[-1])
+            session = cls(target, Kernel.attach(target, vmlinux, ram_end=ram_end))
+        except BaseException:
+            target.close()
+            raise
+        session.ram = target.ram
+        return session
 
     @classmethod
     def attach_vm(cls, info: VmInfo) -> "Session":

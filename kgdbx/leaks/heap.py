@@ -320,7 +320,15 @@ def _number(
         group_address=address,
         group_bytes=bytes_,
         frame_group=frame_group,
-        node_flags=np.concatenate([slot_flags, np.full(singles, ALLOCATED, np.uint8)]),
+        node_flags=np.concatenate(
+            [
+                slot_flags,
+                np.full(len(pages.heads), ALLOCATED, np.uint8),
+                # What maps the memory of devices, or of others, is not memory of its own.
+                np.where(areas.allocated(), ALLOCATED, 0).astype(np.uint8),
+                np.full(len(percpu.start), ALLOCATED, np.uint8),
+            ]
+        ),
         errors=[],
     )
 

@@ -82,6 +82,14 @@ class BulkMemory:
         """Guest-physical address of something in the kernel's image."""
         return (address + self._image_to_physical) & _MASK
 
+    def frame_addresses(self, pfns: I64) -> U64:
+        """Where frames are mapped: in the kernel's image, or in the direct map."""
+        physical = pfns.astype(np.uint64) * np.uint64(PAGE_BYTES)
+        start, end = (self.image_physical(address) for address in self._image)
+        image = (physical >= start) & (physical < end)
+        shift = np.uint64(-self._image_to_physical & _MASK)
+        return np.where(image, physical + shift, physical + np.uint64(self.direct_map))
+
     def read(self, address: int, size_bytes: int) -> bytes:
         """Read kernel virtual memory.
 

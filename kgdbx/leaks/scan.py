@@ -12,7 +12,7 @@ from kgdbx.leaks.memory import I64, PhysicalMemory
 from kgdbx.leaks.slab import ALLOCATED
 from kgdbx.symbols.kernel import Kernel
 
-__all__ = ("CacheUsage", "Scan", "cache_usage", "scan_heap")
+__all__ = ("CacheUsage", "Scan", "cache_usage", "confirm", "scan_heap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,19 @@ def scan_heap(
     nodes = np.flatnonzero(lost)
     blocks = sorted((heap.block(node) for node in nodes.tolist()), key=lambda b: b.address)
     return Scan(heap, tuple(blocks), nodes, tuple(heap.errors))
+
+
+def confirm(first: Scan, second: Scan) -> Scan:
+    """Of two scans of a running kernel, what both found: the same blocks, of the same size.
+
+    A pointer that is on its way from one place to another is seen by neither of two reads; it is
+    hardly so twice. What is damaged in one of the scans only was being changed.
+    """
+    known = {(b.cache, b.address, b.size_bytes) for b in first.leaks}
+    leaks = tuple(b for b in second.leaks if (b.cache, b.address, b.size_bytes) in known)
+    nodes = np.array([block.node for block in leaks], np.int64)
+    errors = tuple(error for error in second.errors if error in first.errors)
+    return Scan(second.heap, leaks, nodes, errors)
 
 
 def cache_usage(heap: Heap) -> tuple[CacheUsage, ...]:

@@ -65,7 +65,8 @@ def used_memory(heap: Heap, registers: Sequence[Registers] | None) -> Iterator[P
     direct = np.uint64(heap.memory.direct_map)
     for pfns, words in heap.memory.frame_chunks(root_frames(heap)):
         sources = np.full(len(pfns), ROOT, np.int64)
-        yield Piece("variable", words.ravel(), _FRAME_WORDS, sources, _addresses(pfns, direct))
+        addresses = heap.memory.frame_addresses(pfns)
+        yield Piece("variable", words.ravel(), _FRAME_WORDS, sources, addresses)
     words, sources, addresses = percpu_sources(heap, registers)
     if len(words):
         yield Piece("percpu", words, 1, sources, addresses, run_words=1)
