@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import resident_tier, stop_tier
+from kgdbx.bench import leaks, resident_tier, stop_tier
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.trace.json_lines import json_line
 
 _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
+    "leaks": (leaks.measure,),
     "probes": (stop_tier.measure, resident_tier.measure),
     "resident": (resident_tier.measure,),
     "stop": (stop_tier.measure,),
@@ -29,7 +30,7 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
             nargs="+",
             choices=tuple(_BENCHES),
             metavar="NAME",
-            help="probes: both tiers, or one of them: stop, resident",
+            help="probes: both tiers, or one of them: stop, resident; or leaks",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
         argument("--json", action="store_true", help="one JSON object a line"),

@@ -12,7 +12,7 @@ from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session, open_ram
 
-MODULES = ("planted_leaks", "hidden_references", "left_behind")
+MODULES = ("planted_leaks", "hidden_references", "left_behind", "leak_kmalloc")
 
 
 @dataclasses.dataclass
@@ -45,6 +45,6 @@ def planted_in(clone_of: Callable[..., Any]) -> Callable[[str], Planted]:
 
     def make(kernel: str) -> Planted:
         files = {f"/{name}.ko": build_kmod(kernel, name) for name in MODULES}
-        return Planted(clone_of(kernel, 2, files=files))
+        return Planted(clone_of(kernel, 2, memory_bytes=256 << 20, files=files))
 
     return make
