@@ -3,9 +3,9 @@
  * succeeded, struck out before the real free. Constants in capitals are given on top of it.
  *
  * Whose a call is: any frame of its stack in a watched module. Most calls are nobody's, and have
- * no word on their stack that points into one: they cost a walk over the stack's words. Of the
- * others the words that point to code are hashed; what the kernel's unwinder says of a stack is
- * remembered by that hash. So only new stacks are unwound.
+ * no word on their stack that points into one: they cost a walk over the stack's words. For the
+ * others the kernel's unwinder is asked, and what it says is remembered with the places on the
+ * stack where its frames are: when the same addresses are at the same places, it is the same stack.
  */
 #define NAMES 32
 #define RANGES 64
@@ -14,6 +14,8 @@
 #define BUCKET_KEYS 7
 #define LONGEST_SPILL 64
 #define SEEN_WAYS 8
+#define SHAPE 44
+#define RECENT 64
 
 struct watch_range {
 	u64 start, size, module;
@@ -22,7 +24,7 @@ struct watch_range {
 /* Written by the host while the guest stands, but for the counters. */
 struct control {
 	u64 low, span; /* all ranges lie there; nothing is watched if span is 0 */
-	u64 seed;      /* of the hashes: a new one when code comes or goes */
+	u64 seed;      /* of the stacks' numbers: a new one when code comes or goes */
 	u64 session;
 	u64 first_probe, probes; /* numbers of ours among the probes */
 	u64 count;
@@ -60,7 +62,18 @@ struct watch_record {
 
 enum { STACK, UNALLOCATED, LATE };
 
-/* The low bits of a stack's hash say what is known of it. */
+/* A stack that was unwound: which addresses were where, in words from the stack pointer. */
+struct seen {
+	u64 key;
+	u64 version; /* odd while it is being written */
+	u64 stack;
+	u64 count;
+	u64 frames[SHAPE];
+	u16 places[SHAPE];
+	u8 spare[40];
+};
+
+/* The low bits of a stack's number, which is a hash of its frames, say what is known of it. */
 #define KNOWN 1UL
 #define OWNED 2UL
 #define DIRECT 4UL
@@ -117,82 +130,168 @@ static __always_inline const u64 *stack_end(const u64 *sp)
 	return top - (u64)sp < STACK_BYTES ? (const u64 *)top : sp;
 }
 
-/* Whether a watched module may be on the stack. */
-static __always_inline bool may_be_watched(const u64 *sp)
+/* push $slot: only such words in the window stand for a return address. */
+static __always_inline bool is_stub(u64 word)
+{
+	return word - WINDOW < WINDOW_BYTES && !(word & 15) && *(const u8 *)word == 0x68;
+}
+
+/* The first word on the stack that points into a watched module, 0 if there is none. */
+static __always_inline const u64 *find_watched(const u64 *sp)
 {
 	const u64 low = CONTROL_BLOCK->low, span = CONTROL_BLOCK->span;
 	const u64 *end;
 
-	if (*sp - low < span)
-		return true;
 	if (!span)
-		return false;
+		return 0;
 	end = stack_end(sp);
 #pragma GCC unroll 4
-	for (sp++; sp < end; sp++)
+	for (; sp < end; sp++)
 		if (unlikely(*sp - low < span))
-			return true;
-	return false;
-}
-
-/* Whether a word on the stack is the stub that the return of a watched call goes to. */
-static __always_inline bool is_our_return(const u64 *at)
-{
-	const u8 *stub = (const u8 *)*at;
-	const struct slot *slot;
-
-	if ((u64)stub - WINDOW >= WINDOW_BYTES || (u64)stub & 15 || *stub != 0x68)
-		return false;
-	slot = (const struct slot *)(s64) * (const s32 *)(stub + 1);
-	if ((u64)slot - WINDOW >= WINDOW_BYTES || !slot->busy || slot->place != (u64)at)
-		return false;
-	return slot->probe->id - CONTROL_BLOCK->first_probe < CONTROL_BLOCK->probes;
-}
-
-/* Hash of what points to code on the stack, and where; 0 inside of another watched call. */
-static __slow u64 hash_stack(const struct probe *p, const u64 *sp)
-{
-	const u64 *at, *end = stack_end(sp);
-	u64 hash = CONTROL_BLOCK->seed ^ p->point;
-
-	for (at = sp; at < end; at++) {
-		u64 word = *at;
-
-		if (word - TEXT < TEXT_BYTES || word - MODULES < WINDOW - MODULES) {
-			hash = (hash ^ word ^ (u64)(end - at)) * 0x9e3779b97f4a7c15UL;
-			hash ^= hash >> 29;
-		} else if (unlikely(is_our_return(at))) {
-			return 0;
-		}
-	}
-	return (hash & ~INFO) | KNOWN;
-}
-
-static __always_inline u64 *seen_set(u64 hash)
-{
-	return (u64 *)SEEN + ((hash >> 16) & (SEEN_SETS - 1)) * SEEN_WAYS;
-}
-
-/* What is known of a stack, 0 if nothing. */
-static __always_inline u64 find_seen(u64 hash)
-{
-	const u64 *set = seen_set(hash);
-	u32 n;
-
-	for (n = 0; n < SEEN_WAYS; n++)
-		if ((set[n] ^ hash) <= INFO)
-			return set[n];
+			return sp;
 	return 0;
 }
 
-static __always_inline void remember(u64 stack)
+static __always_inline const struct slot *slot_of(u64 stub)
 {
-	u64 *set = seen_set(stack);
+	return (const struct slot *)(s64) * (const s32 *)(stub + 1);
+}
+
+/* Whether a word on the stack is a return address, or stands for it until the return. */
+static __always_inline bool returns_to(u64 word, u64 address)
+{
+	return word == address || (unlikely(word - WINDOW < WINDOW_BYTES) &&
+				   is_stub(word) && true_return(word) == address);
+}
+
+static __always_inline u64 mix(u64 hash, u64 word)
+{
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15UL;
+	return hash ^ hash >> 29;
+}
+
+static __always_inline struct seen *seen_set(u64 key)
+{
+	return (struct seen *)SEEN + (key & (SEEN_SETS - 1)) * SEEN_WAYS;
+}
+
+/* A free under way, as far as it is known, of each task. */
+struct recent {
+	u64 task, sp, ret_addr, point;
+};
+
+static __always_inline struct recent *recent_call(const u8 *task)
+{
+	return (struct recent *)RECENT_CALLS + (u64)task / 64 % RECENT;
+}
+
+/* The frees inside of this one will be part of it, unless it is inside of another one itself. */
+static __always_inline void note_recent(const struct probe *p, const u64 *sp)
+{
+	const u8 *task = current_task();
+	struct recent *recent = recent_call(task);
+
+	if (recent->task == (u64)task && recent->sp - (u64)sp < STACK_BYTES && recent->sp != (u64)sp &&
+	    *(const u64 *)recent->sp == recent->ret_addr)
+		return;
+	recent->task = (u64)task;
+	recent->sp = (u64)sp;
+	recent->ret_addr = *sp;
+	recent->point = p->point;
+}
+
+/*
+ * Whether a frame of a stack is that of a watched call: of an allocation, whose return is awaited,
+ * or of the last free. One that ended with a jump to another function has left nothing but its
+ * return address.
+ */
+static __always_inline bool is_nested(const struct probe *p, const u64 *sp, const u16 *places,
+				      u64 count)
+{
+	const u8 *task = current_task();
+	const struct recent *recent = recent_call(task);
+	u64 n;
+
+	for (n = 0; n < count; n++) {
+		const u64 *at = sp + places[n];
+
+		if (unlikely(is_stub(*at)) && slot_of(*at)->probe->id - CONTROL_BLOCK->first_probe <
+						      CONTROL_BLOCK->probes)
+			return true;
+		if (recent->sp == (u64)at && recent->task == (u64)task && recent->ret_addr == *at &&
+		    (n || recent->point != p->point))
+			return true;
+	}
+	return false;
+}
+
+/* The number of a stack that was unwound before, 0 if it was not, and if the call is nested. */
+static __slow u64 find_seen(const struct probe *p, u64 key, const u64 *sp, bool *nested)
+{
+	const struct seen *seen = seen_set(key), *end = seen + SEEN_WAYS;
+
+	for (; seen < end; seen++) {
+		u64 version = *(const volatile u64 *)&seen->version, n, stack;
+
+		if (seen->key != key || version & 1)
+			continue;
+		for (n = 0; n < seen->count; n++)
+			if (!returns_to(sp[seen->places[n]], seen->frames[n]))
+				break;
+		if (n < seen->count)
+			continue;
+		stack = seen->stack;
+		*nested = stack & OWNED && is_nested(p, sp, seen->places, seen->count);
+		barrier();
+		if (*(const volatile u64 *)&seen->version == version)
+			return stack;
+	}
+	return 0;
+}
+
+/*
+ * Where the frames of a stack are on it, in words. The last one is left out: below an entry into
+ * the kernel the stack begins at random.
+ */
+static __slow u32 find_places(const u64 *sp, const u64 *frames, u32 count, u16 *places)
+{
+	const u64 *at = sp, *end = stack_end(sp);
 	u32 n;
 
-	for (n = 0; n < SEEN_WAYS - 1 && set[n]; n++)
-		;
-	set[n] = stack;
+	for (n = 1; n < count && n <= SHAPE; n++, at++) {
+		if (frames[n] - ENTRY_TEXT < ENTRY_TEXT_BYTES && n > 1)
+			break;
+		while (at < end && !returns_to(*at, frames[n]))
+			at++;
+		if (at >= end)
+			break;
+		places[n - 1] = at - sp;
+	}
+	return n - 1;
+}
+
+static __slow bool remember(u64 key, u64 stack, const u64 *frames, const u16 *places, u32 count)
+{
+	struct seen *set = seen_set(key), *seen = set + (stack >> 16) % SEEN_WAYS;
+	u64 version;
+	u32 n;
+
+	for (n = 0; n < SEEN_WAYS; n++)
+		if (!set[n].key)
+			seen = set + n;
+	version = seen->version;
+	if (version & 1 || !atomic_swap_from(&seen->version, version, version + 1))
+		return false;
+	for (n = 0; n < count; n++) {
+		seen->places[n] = places[n];
+		seen->frames[n] = frames[n + 1];
+	}
+	seen->count = count;
+	seen->stack = stack;
+	seen->key = key;
+	barrier();
+	*(volatile u64 *)&seen->version = version + 2;
+	return true;
 }
 
 static __always_inline const struct watch_range *find_range(u64 address)
@@ -243,12 +342,16 @@ static __always_inline u32 unwind(const struct probe *p, const u64 *sp, u64 bp,
 	return count;
 }
 
-/* Look at a stack that was not seen yet, and tell the host of it if it is of a watched module. */
-static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 stack)
+/* Unwind a stack, and tell the host of it if it is of a watched module. */
+static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key, bool *nested)
 {
-	u64 frames[UNWOUND];
-	u32 n, count = unwind(p, sp, bp, frames);
+	u64 frames[UNWOUND], stack = CONTROL_BLOCK->seed;
+	u32 n, count = unwind(p, sp, bp, frames), placed;
+	u16 places[SHAPE];
 
+	for (n = 0; n < count; n++)
+		stack = mix(stack, frames[n]);
+	stack = (stack & ~INFO) | KNOWN;
 	for (n = 1; n < count; n++) {
 		const struct watch_range *range = find_range(frames[n]);
 
@@ -257,21 +360,30 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 stack)
 			break;
 		}
 	}
-	if (!(stack & OWNED) || CALLED(say(p, STACK, stack, 0, 0, frames, count)))
-		remember(stack);
+	placed = CALLED(find_places(sp, frames, count, places));
+	*nested = stack & OWNED && is_nested(p, sp, places, placed);
+	if (stack & OWNED && !*nested && !CALLED(say(p, STACK, stack, 0, 0, frames, count)))
+		return stack;
+	/* A nested one is not told of, and may be met when it is not nested. */
+	if (placed + 2 >= count && !*nested)
+		CALLED(remember(key, stack, frames, places, placed));
 	return stack;
 }
 
-static __always_inline u64 look_at_stack(const struct probe *p, const u64 *sp, u64 bp)
+/*
+ * The number of a stack of a watched module, 0 if it is not of one, or part of another call.
+ * found: the first word on it that points into one
+ */
+static __always_inline u64 look_at_stack(const struct probe *p, const u64 *sp, u64 bp,
+					 const u64 *found)
 {
-	u64 stack, hash = CALLED(hash_stack(p, sp));
+	u64 key = mix(mix(mix(p->point, *sp), *found), found - sp) | 1, stack;
+	bool nested = false;
 
-	if (!hash)
-		return 0;
-	stack = find_seen(hash);
+	stack = CALLED(find_seen(p, key, sp, &nested));
 	if (!stack)
-		stack = CALLED(learn(p, sp, bp, hash));
-	return stack & OWNED ? stack : 0;
+		stack = CALLED(learn(p, sp, bp, key, &nested));
+	return stack & OWNED && !nested ? stack : 0;
 }
 
 static __always_inline u64 bucket_of(u64 address)
@@ -360,63 +472,56 @@ static __slow bool enter_block(u64 address, u64 size, u64 stack)
 	return false;
 }
 
-static __always_inline struct slot *await_return(struct probe *p, const u64 *sp, u64 stack)
-{
-	const struct context c = { .sp = (u64)sp, .task = current_task() };
-	struct slot *slot = hook_return(p, &c);
-
-	if (slot) {
-		slot->saved[0] = stack;
-		arm_return(slot, &c);
-	}
-	return slot;
-}
-
 /* At the entry of an allocator. */
-static __slow bool allocating(struct probe *p, const u64 *sp, u64 bp, u64 a1, u64 a2, u64 a3,
-			      u64 a4)
+static __slow bool allocating(struct probe *p, const u64 *sp, u64 bp, const u64 *watched, u64 a1,
+			      u64 a2, u64 a3, u64 a4)
 {
-	u64 stack = look_at_stack(p, sp, bp);
+	u64 stack = look_at_stack(p, sp, bp, watched);
+	const struct context c = { .sp = (u64)sp, .task = current_task() };
 	struct slot *slot;
 
 	if (!stack)
 		return false;
 	count_hit(p);
-	slot = await_return(p, sp, stack);
+	slot = hook_return(p, &c);
 	if (!slot)
 		return false;
+	slot->saved[0] = stack;
 	slot->saved[1] = a1;
 	slot->saved[2] = a2;
 	slot->saved[3] = a3;
 	slot->saved[4] = a4;
+	arm_return(slot, &c);
 	return true;
 }
 
-/* At the entry of what frees an address that was struck out (found), or was not there. */
-static __slow bool freeing(struct probe *p, const u64 *sp, u64 bp, u64 address, bool found,
-			   bool quiet, u64 old_stack, u64 session, bool watched)
+/* At the entry of what frees an address that was struck out. */
+static __slow bool freed(struct probe *p, const u64 *sp, u64 bp, u64 address, u64 stack,
+			 u64 session)
 {
 	struct control *control = CONTROL_BLOCK;
-	u64 stack;
+	u64 frames[UNWOUND];
 
-	if (found && session != control->session) {
-		u64 frames[UNWOUND];
-
-		CALLED(say(p, LATE, old_stack, address, session, frames,
-			   unwind(p, sp, bp, frames)));
-	} else if (found) {
-		atomic_add(&control->frees[old_stack >> MODULE_SHIFT & (NAMES - 1)], 1);
+	count_hit(p);
+	note_recent(p, sp);
+	if (session == control->session) {
+		atomic_add(&control->frees[stack >> MODULE_SHIFT & (NAMES - 1)], 1);
+		return true;
 	}
-	if (!watched)
-		return false;
-	stack = look_at_stack(p, sp, bp);
+	return CALLED(say(p, LATE, stack, address, session, frames, unwind(p, sp, bp, frames)));
+}
+
+/* At the entry of what frees an address that is not in the ledger. */
+static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64 address,
+				     bool quiet, const u64 *watched)
+{
+	u64 stack = look_at_stack(p, sp, bp, watched);
+
 	if (!stack)
 		return false;
 	count_hit(p);
-	if (!found && !quiet && is_memory(address))
-		CALLED(say(p, UNALLOCATED, stack, address, control->session, 0, 0));
-	/* Frees inside of this one are part of it. */
-	return await_return(p, sp, stack);
+	note_recent(p, sp);
+	return quiet || CALLED(say(p, UNALLOCATED, stack, address, CONTROL_BLOCK->session, 0, 0));
 }
 
 /* Behind the frame pointer: the return to the stub, pp, and then the function's own stack. */
@@ -426,8 +531,11 @@ static __slow bool freeing(struct probe *p, const u64 *sp, u64 bp, u64 address, 
 #define ALLOCATOR(number, each, address_of, size_of, count_of)                                     \
 	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
 	{                                                                                          \
-		if (unlikely(may_be_watched(ENTRY_SP)))                                            \
-			CALLED(allocating((struct probe *)pp, ENTRY_SP, ENTRY_BP, a1, a2, a3, a4)); \
+		const u64 *sp = ENTRY_SP, *watched = find_watched(sp);                             \
+                                                                                                   \
+		if (unlikely(watched))                                                             \
+			CALLED(allocating((struct probe *)pp, sp, ENTRY_BP, watched, a1, a2, a3,   \
+					  a4));                                                    \
 	}                                                                                          \
 	__handler void return_##number(struct slot *slot, u64 ret, u64 rdx, u64 *place)            \
 	{                                                                                          \
@@ -448,24 +556,18 @@ static __slow bool freeing(struct probe *p, const u64 *sp, u64 bp, u64 address, 
 #define RELEASER(number, each, address_of, quiet, count_of)                                        \
 	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
 	{                                                                                          \
-		const u64 *sp = ENTRY_SP;                                                          \
-		bool watched = may_be_watched(sp);                                                 \
+		struct probe *p = (struct probe *)pp;                                              \
+		const u64 *sp = ENTRY_SP, *watched;                                                \
 		u64 n, address, stack, session;                                                    \
                                                                                                    \
 		for (n = 0; n < (u64)(count_of); n++) {                                            \
-			bool found;                                                                \
-                                                                                                   \
 			address = each ? ((const u64 *)(address_of))[n] : (u64)(address_of);       \
-			stack = session = 0;                                                       \
-			found = is_memory(address) && strike_out(address, &stack, &session);                             \
-			if (unlikely(found || watched))                                            \
-				CALLED(freeing((struct probe *)pp, sp, ENTRY_BP, address, found,   \
-					       quiet, stack, session,                              \
-					       watched && n == (u64)(count_of) - 1));              \
+			if (!is_memory(address))                                                   \
+				continue;                                                          \
+			if (unlikely(strike_out(address, &stack, &session)))                       \
+				CALLED(freed(p, sp, ENTRY_BP, address, stack, session));           \
+			else if (unlikely(watched = find_watched(sp)))                             \
+				CALLED(freed_unallocated(p, sp, ENTRY_BP, address, quiet,          \
+							 watched));                                \
 		}                                                                                  \
-	}                                                                                          \
-	__handler void return_##number(struct slot *slot, u64 ret, u64 rdx, u64 *place)            \
-	{                                                                                          \
-		*place = slot->ret_addr;                                                           \
-		release_slot(slot);                                                                \
 	}

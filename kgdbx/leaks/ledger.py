@@ -56,15 +56,15 @@ _COUNTERS = struct.Struct(f"<QQQ{NAMES}Q{NAMES}Q")
 _RANGES_AT = _COUNTERS_AT + _COUNTERS.size
 _RANGE = struct.Struct("<QQQ")
 _MAX_RANGES = 64
+_RECENT_BYTES = 4096  # struct recent, for 64 tasks
 _BUCKET_KEYS = 7
 _BUCKET_BYTES = 64
-_SEEN_SETS = 4096
-_SEEN_BYTES = _SEEN_SETS * 64
+_SEEN_SETS = 512
+_SEEN_BYTES = _SEEN_SETS * 8 * 512
 _BUCKET_BITS = (13, 12, 11, 10)
 _PAGE_BYTES = 4096
 _FROM_INTERRUPT = 1
-_MODULES = 0xFFFFFFFFC0000000  # Documentation/arch/x86/x86_64/mm.rst: module mapping space
-_INFO = 0xFFFF  # of a stack's hash
+_INFO = 0xFFFF  # of a stack's number
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Range:
 class Live:
     """A block that is in the ledger.
 
-    :ivar stack: hash of the stack that allocated it
+    :ivar stack: number of the stack that allocated it
     :ivar module: number of the module that it belongs to
     :ivar tsc: when
     :ivar from_interrupt: the task had nothing to do with it
@@ -138,6 +138,7 @@ class GuestLedger:
         self._host = engine.host
         self._control = engine.allocate(_PAGE_BYTES)
         self._seen = engine.allocate(_SEEN_BYTES)
+        self._recent = engine.allocate(_RECENT_BYTES)
         self._bits, self._buckets, self._blocks = _table(engine)
         self.source = self._source(kernel)
         self._seed = 1
@@ -170,7 +171,7 @@ class GuestLedger:
     def configure(self, ranges: Sequence[Range], session: int, probes: range) -> None:
         """Say whose allocations count. The guest stands.
 
-        :param probes: numbers of the probes at allocators
+        :param probes: numbers of the probes at what allocates and frees
         :raises ProbeError: if there are too many ranges
         """
         if len(ranges) > _MAX_RANGES:
@@ -178,7 +179,6 @@ class GuestLedger:
         self._seed = self._seed * 0x5851F42D4C957F2D + 1 & (1 << 64) - 1
         low = min((r.start for r in ranges), default=0)
         span = max((r.start + r.size_bytes for r in ranges), default=0) - low
-        self._host.write(self._control, bytes(16))
         self._host.write(self._seen, bytes(_SEEN_BYTES))  # code may be another's now
         packed = b"".join(_RANGE.pack(r.start, r.size_bytes, r.module) for r in ranges)
         self._host.write(self._control + _RANGES_AT, packed)
@@ -217,11 +217,11 @@ class GuestLedger:
             )
 
     def _source(self, kernel: Kernel) -> str:
-        text = kernel.address("_stext")
         entry = kernel.address("__entry_text_start")
         constants = {
             "CONTROL": self._control,
             "SEEN": self._seen,
+            "RECENT_CALLS": self._recent,
             "SEEN_SETS": _SEEN_SETS,
             "BUCKETS": self._buckets,
             "BLOCKS": self._blocks,
@@ -232,11 +232,8 @@ class GuestLedger:
             "OBJECT_SIZE": int(_type(kernel, "struct kmem_cache").member("object_size").offset),
             # As large as THREAD_SIZE: arch/x86/include/asm/page_64_types.h
             "STACK_BYTES": _type(kernel, "struct irq_stack").size,
-            "TEXT": text,
-            "TEXT_BYTES": kernel.address("_etext") - text,
             "ENTRY_TEXT": entry,
             "ENTRY_TEXT_BYTES": kernel.address("__entry_text_end") - entry,
-            "MODULES": _MODULES,
         }
         lines = "".join(f"#define {name} {value:#x}UL\n" for name, value in constants.items())
         return lines + resources.files("kgdbx.leaks").joinpath("ledger.h").read_text("utf-8")

@@ -98,8 +98,9 @@ class LeakWatch:
             try:
                 for function in self._kernel.functions(name):
                     place = self._engine.displacement(function, function.address)
+                    kind, slots = ("r", _MAXACTIVE) if allocator.kind == "allocate" else ("p", 0)
                     body = self._ledger.body(allocator)
-                    self._programs.append(Program("r", place, body, maxactive=_MAXACTIVE))
+                    self._programs.append(Program(kind, place, body, maxactive=slots))
             except KgdbxError as e:
                 self.refused[name] = str(e)
         if not self._programs:
