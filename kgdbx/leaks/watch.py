@@ -81,6 +81,7 @@ class LeakWatch:
         self._frames = FrameNames(kernel)
         self._stacks: dict[int, Stack] = {}
         self._loaded: dict[str, tuple[tuple[int, int, bool], ...]] = {}
+        self._gone: dict[str, tuple[tuple[int, int], ...]] = {}
         self._sessions: list[_Session] = []
         self._mark = 0
         self._programs: list[Program] = []
@@ -159,6 +160,11 @@ class LeakWatch:
         )
 
     @property
+    def gone(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Where modules were that were unloaded: guest-virtual ``(start, size_bytes)``."""
+        return dict(self._gone)
+
+    @property
     def frames(self) -> FrameNames:
         """Where the lines of frames are known."""
         return self._frames
@@ -191,6 +197,7 @@ class LeakWatch:
             session.before = self._ledger.counters()
             self._sessions.append(session)
         self._loaded[module.name] = module.regions
+        self._gone.pop(module.name, None)
         session = self._sessions[-1]
         if module.name not in session.modules:
             session.modules.append(module.name)
@@ -206,6 +213,7 @@ class LeakWatch:
                 continue
             if any(init for _, _, init in mine):
                 self._sessions[-1].failed_init.append(name)
+            self._gone[name] = tuple((start, size) for start, size, init in mine if not init)
             del self._loaded[name]
             if not self._loaded:
                 self._end()
