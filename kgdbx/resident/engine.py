@@ -364,9 +364,8 @@ class Engine:
         stubs: dict[int, int] = {}
         for program in self.programs.values():
             for pending in self.pending(program):
-                with contextlib.suppress(MemoryFault):  # the task has died, and its stack is gone
-                    stubs[pending.place] = memory.read_u64(pending.place)
-        stubs = {place: stub for place, stub in stubs.items() if self.owns(stub)}
+                if _stands_at(memory, pending):
+                    stubs[pending.place] = pending.stub
         try:
             for place, stub in stubs.items():
                 memory.write(place, self.true_return(stub).to_bytes(8, "little"))

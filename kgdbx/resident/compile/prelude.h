@@ -384,9 +384,12 @@ static __attribute__((noinline)) u32 walk_stack(const struct regs *regs, const u
 				(const struct slot *)(p->slots + (u64)n * p->slot_bytes);
 			u64 *place = (u64 *)slot->place;
 
-			/* A task that died may have left its slot to another of the same address. */
-			if (slot->task != (u64)task || slot->pid != pid ||
-			    *place - WINDOW >= WINDOW_BYTES)
+			/*
+			 * A task that died may have left its slot to another of the same address.
+			 * An interrupt may have come before the stub is in its place, or inside of
+			 * it, when something else is there.
+			 */
+			if (slot->task != (u64)task || slot->pid != pid || *place != slot->stub)
 				continue;
 			hooked[count].place = place;
 			hooked[count++].others = ~*place;

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from kgdbx.errors import TargetTimeout
 from kgdbx.probes.event import Event
 from kgdbx.probes.probe import State
 from kgdbx.resident import guest_call
@@ -79,5 +78,4 @@ def test_records_outlive_a_panic(guest_of: GuestOf, monkeypatch: pytest.MonkeyPa
     assert events[-1].fields["filename"] == "/proc/sysrq-trigger"
     assert engine.lost() == 3001 - len(calls)
     last.discard()
-    with pytest.raises(TargetTimeout):  # no one is left there to take memory back
-        guest.session.close()
+    guest.session.close()  # no one is left there to take memory back
