@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import leaks, resident_tier, stop_tier
+from kgdbx.bench import leaks, resident_tier, stop_tier, stress
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
@@ -28,17 +28,21 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
         argument(
             "names",
             nargs="+",
-            choices=tuple(_BENCHES),
+            choices=(*_BENCHES, "stress"),
             metavar="NAME",
-            help="probes: both tiers, or one of them: stop, resident; or leaks",
+            help="probes: both tiers, or one of them: stop, resident; leaks; stress: exact under load",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
+        argument("--minutes", type=float, default=2, help="of stress (default 2)"),
         argument("--json", action="store_true", help="one JSON object a line"),
     ),
 )
 def bench(out: TextIO, args: argparse.Namespace) -> None:
     for name in args.names:
-        for each in itertools.chain.from_iterable(run(args.rounds) for run in _BENCHES[name]):
+        runs = (run(args.rounds) for run in _BENCHES.get(name, ()))
+        if name == "stress":
+            runs = (stress.measure(args.minutes) for _ in range(1))
+        for each in itertools.chain.from_iterable(runs):
             if args.json:
                 print(json_line(dataclasses.asdict(each)), file=out, flush=True)
             else:
