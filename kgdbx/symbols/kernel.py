@@ -195,8 +195,9 @@ class Kernel:
     def function_type(self, function: Function) -> drgn.Type | None:
         """C type of a function by its debug information; None if it has none there.
 
-        A clone (``.isra.0``) has no type: its parameters are not those of the source. Nor has
-        assembler: its debug information says that the type is not specified.
+        An alias has the type of its function. A clone (``.isra.0``) has none: its parameters are
+        not those of the source. Nor has assembler: its debug information says that the type is
+        not specified.
         """
         if "." in function.name or not self.vmlinux.has_debug_info:
             return None
@@ -208,11 +209,23 @@ class Kernel:
                 location = self.program.source_location(function.address)[-1]
                 found = self.program.function(function.name, location.filename)
         except (LookupError, drgn.BadDataError):
+            if function.module is None:
+                return self._type_of_alias(function)
             # Of a module that was loaded again, drgn knows the first place only.
             return self._module_types.get(function.qualified_name)
         if function.module is not None:
             self._module_types[function.qualified_name] = found.type_
         return found.type_
+
+    def _type_of_alias(self, function: Function) -> drgn.Type | None:
+        # Debug information has one name only of a function of several: __x64_sys_getpid() is
+        # __do_sys_getpid().
+        try:
+            here = self.program.source_location(function.address)[-1]
+            found = self.program.function(here.name, here.filename)
+        except (LookupError, drgn.BadDataError):
+            return None
+        return found.type_ if found.address_ == function.address else None
 
     def inlined_instances(self, name: str, timeout_s: float) -> InlineSites:
         """Where a function of vmlinux was inlined; each is searched once.
