@@ -100,7 +100,7 @@ class Session:
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
         self._events = EventQueue(self.event_listeners)
-        self.probes: ProbeManager = EventfulManager(kernel, self._events, self._take_resident)
+        self.probes: ProbeManager = EventfulManager(kernel, self._events, self._take_before)
         self.resident = ResidentTier(
             kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
         )
@@ -464,7 +464,7 @@ class Session:
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 break
-            stop = self.target.run(self.probes.on_stop, remaining, self._idle)
+            stop = self.target.run(self.probes.on_stop, remaining, self._beside)
             self._events.raise_error()
             if stop is not None:
                 return stop
@@ -472,18 +472,24 @@ class Session:
                 break
         return None
 
-    def poll(self) -> None:
+    def poll(self, budget_s: float | None = None) -> bool:
         """Hand out what was recorded since; for faces whose kernel runs without :meth:`run`.
 
+        :param budget_s: seconds after which the rest is left for the next time
+        :return: whether a rest was left
         :raises Exception: what an event listener or an idle hook raised
         """
-        if self.resident.engine.is_open and not self.resident.engine.calling and not self._closed:
-            self._idle()
+        if not self.resident.engine.is_open or self.resident.engine.calling or self._closed:
+            return False
+        return self._idle(None if budget_s is None else time.monotonic() + budget_s)
 
-    def _idle(self) -> None:
+    def _beside(self) -> None:
+        self._idle()
+
+    def _idle(self, deadline: float | None = None) -> bool:
         if not self.target.running:
             self.probes.settle()
-        self._take_resident()
+        rest = self._take_resident(deadline)
         if self._on_panic is not None and self._panicked():
             self._on_panic()
             self.target.request_stop()
@@ -491,6 +497,7 @@ class Session:
             hook()
         self._events.deliver()
         self._events.raise_error()
+        return rest
 
     def _panicked(self) -> bool:
         capabilities = self.target.capabilities
@@ -603,15 +610,21 @@ class Session:
                 text="",
             )
 
-    def _take_resident(self) -> None:
+    def _take_before(self) -> None:
+        self._take_resident()
+
+    def _take_resident(self, deadline: float | None = None) -> bool:
         # What was recorded in the guest: the order is kept with what is handled at stops.
         events = self.resident.events(final=not self.target.running)
-        while not self.limit_reached and (event := next(events, None)) is not None:
+        late = False
+        while not (late or self.limit_reached) and (event := next(events, None)) is not None:
             self._emitted += 1
             self._events.append(event)
+            late = deadline is not None and time.monotonic() > deadline
         if self.limit_reached:
             self._done.set()
             self.target.request_stop()
+        return late
 
     def _emit(self, event: Event, hit: Hit) -> None:
         self._emitted += 1

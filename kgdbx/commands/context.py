@@ -26,6 +26,7 @@ class Context:
     """The state of a face: at most one session.
 
     :param out: where text goes
+    :param events: where lines of events go, if elsewhere
     :param connect: attaches to a VM by name, a socket or ``host:port``, with an optional vmlinux
     """
 
@@ -34,8 +35,10 @@ class Context:
         out: Output,
         connect: Callable[[str, str | None], Session],
         style: Style,
+        events: Output | None = None,
     ) -> None:
         self.out = out
+        self._events = out if events is None else events
         self.style = style
         self._connect = connect
         self._session: Session | None = None
@@ -83,7 +86,8 @@ class Context:
         self.out.flush()
 
     def _show_event(self, event: Event) -> None:
-        self.write(event_line(event, self.style))
+        self._events.write(event_line(event, self.style) + "\n")
+        self._events.flush()
 
     def _show_fault(self, probe: Probe, fault: HandlerFault) -> None:
         # The first of each probe in full; the others are counted in the listing.

@@ -1,16 +1,16 @@
-"""Answers to a program that runs this gdb: one line of JSON each.
+"""Answers to a program that runs this gdb: a line of JSON each on its channel.
 
-The program has gdb execute ``python kgdbx.gdb.answers.answer(NAME, ARGUMENTS)`` and takes the line
-that starts with the ASCII record separator out of gdb's output.
+The program has gdb execute ``python kgdbx.gdb.answers.answer(NUMBER, NAME, ARGUMENTS)``.
 """
 
 import json
-from typing import Any
+from typing import Any, TextIO
 
 import gdb
 
 from kgdbx.commands.context import Context
 from kgdbx.errors import KgdbxError
+from kgdbx.gdb.channel import MARK
 from kgdbx.gdb.variables import Variables
 from kgdbx.views.evaluate import Evaluator
 from kgdbx.views.histogram import Histogram
@@ -18,9 +18,7 @@ from kgdbx.views.registry import VIEWS
 from kgdbx.views.status import status
 from kgdbx.views.stop import stop
 
-__all__ = ("MARK", "Answers", "answer")
-
-MARK = "\x1e"
+__all__ = ("Answers", "answer")
 
 _answers: list["Answers"] = []
 
@@ -29,9 +27,11 @@ class Answers:
     """What can be asked.
 
     :param context: the face's state
+    :param channel: where answers go; gdb's own output if there is none
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, channel: TextIO | None) -> None:
+        self.out = context.out if channel is None else channel
         self._context = context
         self._evaluator: Evaluator | None = None
         self._histograms: dict[tuple[int, str, str], Histogram] = {}
@@ -67,19 +67,20 @@ class Answers:
         return self._evaluator.run(source)
 
 
-def answer(name: str, arguments: str = "{}") -> None:
+def answer(number: int, name: str, arguments: str = "{}") -> None:
     """Write the answer to a question as a line of its own.
 
+    :param number: comes back with the answer
     :param arguments: JSON object
     """
+    answers = _answers[0]
+    reply: dict[str, Any] = {"number": number}
     try:
-        reply = {"value": _answers[0].answer(name, json.loads(arguments))}
-    except KgdbxError as e:
-        reply = {"error": str(e)}
-    except gdb.error as e:
-        reply = {"error": str(e)}
-    gdb.write(f"\n{MARK}{json.dumps(reply)}\n")
-    gdb.flush()
+        reply["value"] = answers.answer(name, json.loads(arguments))
+    except (KgdbxError, gdb.error) as e:
+        reply["error"] = str(e)
+    answers.out.write(f"{MARK}{json.dumps(reply)}\n")
+    answers.out.flush()
 
 
 def _cpu() -> int:

@@ -9,6 +9,7 @@ from kgdbx.commands.context import Context
 from kgdbx.commands.session import SESSION_COMMANDS
 from kgdbx.gdb.answers import Answers
 from kgdbx.gdb.attach import connect
+from kgdbx.gdb.channel import open_channel
 from kgdbx.gdb.command import GdbCommand, Prefix
 from kgdbx.gdb.leave import leave
 from kgdbx.gdb.output import GdbOutput, gdb_style
@@ -30,9 +31,10 @@ def load() -> None:
     major = int(gdb.VERSION.split(".")[0])
     if major < _OLDEST_GDB:
         raise gdb.GdbError(f"kgdbx needs gdb {_OLDEST_GDB} or newer, this is {gdb.VERSION}")
-    context = Context(GdbOutput(), connect, gdb_style())
+    channel = open_channel()
+    context = Context(GdbOutput(), connect, gdb_style(), channel)
     _loaded.append(context)
-    Answers(context)
+    Answers(context, channel)
     Prefix()
     debug = DebugParameter()
     for command in SESSION_COMMANDS.discover(session_commands):

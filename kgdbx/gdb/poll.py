@@ -11,6 +11,9 @@ from kgdbx.session import Session
 __all__ = ("Poller",)
 
 _POLL_S = 0.1
+# Of a flood of events gdb takes some at a time, and commands and ^C in between.
+_BUDGET_S = 0.03
+_PAUSE_S = 0.005
 
 
 class Poller:
@@ -26,6 +29,7 @@ class Poller:
         self._session = session
         self._runs = threading.Event()
         self._taken = threading.Event()
+        self._rest = False
         gdb.events.cont.connect(self._on_cont)
         gdb.events.stop.connect(self._on_stop)
         threading.Thread(target=self._tick, name="kgdbx-poll", daemon=True).start()
@@ -41,7 +45,7 @@ class Poller:
         pause = threading.Event()
         while not self._session.closed:
             self._runs.wait()
-            pause.wait(_POLL_S)
+            pause.wait(_PAUSE_S if self._rest else _POLL_S)
             if self._runs.is_set() and self._session.resident.engine.is_open:
                 self._taken.clear()
                 gdb.post_event(self._take)
@@ -52,7 +56,7 @@ class Poller:
             if self._session.closed:
                 self._end()
             else:
-                self._session.poll()
+                self._rest = self._session.poll(_BUDGET_S if self._runs.is_set() else None)
         except KeyboardInterrupt:  # gdb would drop it
             with contextlib.suppress(gdb.error):  # the kernel stands already
                 gdb.execute("interrupt", to_string=True)

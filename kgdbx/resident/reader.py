@@ -97,6 +97,14 @@ class EventReader:
 
         :param final: the guest stands: give what is held back too
         """
+        if final or not self._ready:  # else what comes meanwhile waits in the rings
+            self._gather(final=final)
+        while self._ready:  # what the caller does not take now comes next time
+            event = self._event(self._ready.popleft(), clock)
+            if event is not None:
+                yield event
+
+    def _gather(self, *, final: bool) -> None:
         held = self._held
         horizon = self._seen_tsc
         for batch in self._drain():
@@ -121,10 +129,6 @@ class EventReader:
             count = next((n for n, record in enumerate(held) if record[0] > horizon), count)
         self._ready.extend(data for _, _, data in held[:count])
         self._held = held[count:]
-        while self._ready:  # what the caller does not take now comes next time
-            event = self._event(self._ready.popleft(), clock)
-            if event is not None:
-                yield event
 
     def _event(self, data: bytes, clock: Clock) -> Event | None:
         _, tsc, pid, tgid, number, cpu, _, comm = _HEADER.unpack_from(data)

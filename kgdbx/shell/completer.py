@@ -129,6 +129,8 @@ class ShellCompleter(Completer):
             for text, meta in (("p", "at a place"), ("r", "at a return"), ("w", "at an access")):
                 yield Completion(text, -len(piece), display_meta=meta)
             return
+        if what in ("function", "variable"):
+            await self._knowledge.loaded()
         for each in self._names(what, piece, document, event):
             yield each
 
@@ -201,6 +203,7 @@ class ShellCompleter(Completer):
     ) -> AsyncGenerator[Completion, None]:
         piece = words[-1].lstrip("*&(")
         if words[0] in _NAMES_FUNCTIONS:
+            await self._knowledge.loaded()
             for each in self._functions(piece):
                 yield each
             return

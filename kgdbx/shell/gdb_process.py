@@ -14,7 +14,9 @@ from kgdbx.shell.records import Record, RecordReader, quote
 
 __all__ = ("GdbProcess", "Reply")
 
-_MARK = "\x1e"  # kgdbx.gdb.answers.MARK; that module is for gdb's own Python
+# Of kgdbx.gdb.channel; that package is for gdb's own Python.
+_MARK = b"\x1e"
+_CHANNEL_VARIABLE = "KGDBX_CHANNEL"
 _READ_BYTES = 1 << 16
 _END_S = 10.0
 
@@ -24,14 +26,12 @@ class Reply:
 
     :ivar results: of the result record
     :ivar error: gdb's message, or empty
-    :ivar answer: JSON that was found in the output, or None
     """
 
     def __init__(self) -> None:
         self.name = ""
         self.results: dict[str, Any] = {}
         self.error = ""
-        self.answer: Any = None
 
 
 class _Request:
@@ -48,14 +48,22 @@ class GdbProcess:
     each request is followed by one that changes nothing; its result tells that the other is over.
 
     :ivar on_record: called with each record that is no result
+    :ivar on_events: called with lines of events, which come on a way of their own
     :ivar on_exit: called once with gdb's exit status, when all its output was handed out
     """
 
-    def __init__(self, on_record: Callable[[Record], None], on_exit: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        on_record: Callable[[Record], None],
+        on_events: Callable[[bytes], None],
+        on_exit: Callable[[int], None],
+    ) -> None:
         self.on_record = on_record
+        self.on_events = on_events
         self.on_exit = on_exit
         self._reader = RecordReader()
         self._requests: deque[_Request] = deque()
+        self._answers: dict[int, asyncio.Future[Any]] = {}
         self._token = 0
         self._process: asyncio.subprocess.Process | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -66,6 +74,7 @@ class GdbProcess:
         :param argv: its command line without ``--interpreter``
         :raises CommandError: if it does not start
         """
+        read_end, write_end = os.pipe()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *argv,
@@ -73,13 +82,18 @@ class GdbProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env=os.environ | (environment or {}),
+                env=os.environ | {_CHANNEL_VARIABLE: str(write_end)} | (environment or {}),
                 limit=_READ_BYTES,
+                pass_fds=(write_end,),
                 start_new_session=True,  # the terminal's ^C is for the shell
             )
         except OSError as e:
+            os.close(read_end)
             raise CommandError(f"cannot start {argv[0]}: {e.strerror}; run 'make setup'") from e
-        self._pump = asyncio.get_running_loop().create_task(self._read())
+        finally:
+            os.close(write_end)
+        loop = asyncio.get_running_loop()
+        self._pump = loop.create_task(self._read(await _stream(read_end)))
         # So that a running kernel leaves gdb free for other requests.
         await self.request("-gdb-set mi-async on")
 
@@ -126,14 +140,23 @@ class GdbProcess:
         :raises CommandError: if it refuses
         """
         text = json.dumps(arguments)
-        reply = await self.console(f"python kgdbx.gdb.answers.answer({name!r}, {text!r})")
-        if reply.error:
-            raise CommandError(reply.error)
-        if reply.answer is None:
-            raise CommandError(f"gdb gave no answer to {name!r}")
-        if "error" in reply.answer:
-            raise CommandError(reply.answer["error"])
-        return reply.answer["value"]
+        number = self._token
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            reply = await self.console(
+                f"python kgdbx.gdb.answers.answer({number}, {name!r}, {text!r})"
+            )
+            if reply.error:
+                raise CommandError(reply.error)
+            async with asyncio.timeout(_END_S):
+                found = await answer
+        except TimeoutError:
+            raise CommandError(f"gdb gave no answer to {name!r}") from None
+        finally:
+            del self._answers[number]
+        if "error" in found:
+            raise CommandError(found["error"])
+        return found["value"]
 
     def signal_interrupt(self) -> None:
         """Interrupt what gdb does now, as ``^C`` at its terminal."""
@@ -155,9 +178,10 @@ class GdbProcess:
         if self._pump is not None:
             await self._pump
 
-    async def _read(self) -> None:
+    async def _read(self, channel: asyncio.StreamReader) -> None:
         process = self._process
         assert process is not None and process.stdout is not None
+        events = asyncio.get_running_loop().create_task(self._read_channel(channel))
         while data := await process.stdout.read(_READ_BYTES):
             for record in self._reader.feed(data):
                 self._take(record)
@@ -165,19 +189,38 @@ class GdbProcess:
         for record in self._reader.finish():
             self._take(record)
         status = await process.wait()
+        await events
         lost = TargetLost("gdb has ended; use 'reopen' to start it again")
-        for request in self._requests:
-            if not request.future.done():
-                request.future.set_exception(lost)
+        for future in (*(each.future for each in self._requests), *self._answers.values()):
+            if not future.done():
+                future.set_exception(lost)
         self._requests.clear()
         self.on_exit(status)
+
+    async def _read_channel(self, channel: asyncio.StreamReader) -> None:
+        rest = b""
+        while data := await channel.read(_READ_BYTES):
+            whole, _, rest = (rest + data).rpartition(b"\n")
+            if _MARK not in whole:
+                self.on_events(whole + b"\n" if whole else b"")
+            else:
+                for line in whole.split(b"\n"):
+                    self._take_line(line)
+            await asyncio.sleep(0)
+
+    def _take_line(self, line: bytes) -> None:
+        if not line.startswith(_MARK):
+            self.on_events(line + b"\n")
+            return
+        answer = json.loads(line[1:])
+        future = self._answers.get(answer["number"])
+        if future is not None and not future.done():
+            future.set_result(answer)
 
     def _take(self, record: Record) -> None:
         head = self._requests[0] if self._requests else None
         if record.kind == "result" and head is not None:
             self._take_result(head, record)
-        elif record.kind == "console" and record.text.startswith(f"\n{_MARK}") and head is not None:
-            head.reply.answer = json.loads(record.text[2:])
         elif record.kind != "prompt":
             self.on_record(record)
 
@@ -191,3 +234,11 @@ class GdbProcess:
             head.reply.results = record.results
             if record.name == "error":
                 head.reply.error = str(record.results.get("msg", "")) or "gdb refuses it"
+
+
+async def _stream(descriptor: int) -> asyncio.StreamReader:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(_READ_BYTES, loop)
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+    return reader

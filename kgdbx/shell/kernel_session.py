@@ -30,8 +30,7 @@ class KernelSession:
     :param name: what it is called in the prompt
     :param where: VM, socket or ``host:port``; empty for a gdb without a kernel
     :param vmlinux: the kernel's file; a VM of ours knows its own
-    :param show: called with text as it comes, and whether some of it may be left out if there is
-        more than can be read
+    :param show: called with text as it comes, and whether it is lines of events
     :ivar status: the last answer of :func:`kgdbx.views.status.status`
     :ivar on_change: called when the state or the status is another
     """
@@ -71,7 +70,7 @@ class KernelSession:
         return list(self.status.get("probes", ()))
 
     def _new_process(self) -> GdbProcess:
-        process = GdbProcess(lambda record: None, lambda status: None)
+        process = GdbProcess(lambda record: None, self._on_events, lambda status: None)
         process.on_record = lambda record: self._on_record(process, record)
         process.on_exit = lambda status: self._on_exit(process, status)
         return process
@@ -111,8 +110,8 @@ class KernelSession:
         await self._process.end()
         self._process = self._new_process()
         self.where = where or self.where
+        await self.open()  # if it fails, what is to be placed is still known
         self._registered.clear()
-        await self.open()
         failed = []
         for line in again:
             reply = await self.execute(line)
@@ -270,7 +269,10 @@ class KernelSession:
         elif record.kind == "raw":
             self._show(record.text + "\n", False)
         elif record.kind != "result":
-            self._show(record.text, self.state == "running" and not self._executing)
+            self._show(record.text, False)
+
+    def _on_events(self, lines: bytes) -> None:
+        self._show(lines.decode("utf-8", "replace"), True)
 
     def _on_async(self, record: Record) -> None:
         if record.name == "running" and record.text[:1] == "*":

@@ -26,6 +26,7 @@ class Knowledge:
         self._shell = shell
         self._on_news = on_news
         self._indexes: dict[Path, tuple[NameIndex, NameIndex]] = {}
+        self._loading: dict[Path, asyncio.Future[None]] = {}
         self._answers: dict[tuple[str, str, str], Any] = {}
         self._signatures: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -33,17 +34,18 @@ class Knowledge:
     def prepare(self) -> None:
         """Begin to read the kernel's names, and gdb's commands, without waiting for them."""
         path = self._vmlinux()
-        if path is not None and path not in self._indexes:
-            self._indexes[path] = (NameIndex(()), NameIndex(()))
+        if path is not None and path not in self._loading:
+            self._loading[path] = asyncio.get_running_loop().create_future()
             self._start(self._load(path))
         if not self.gdb_commands and self._shell.current is not None:
             self._start(self._load_commands(self._shell.current))
 
-    @property
-    def ready(self) -> bool:
-        """Whether the current kernel's names are there."""
+    async def loaded(self) -> None:
+        """Wait for the names of the current kernel, if they are being read."""
+        self.prepare()
         path = self._vmlinux()
-        return path is not None and bool(len(self._index(1)))
+        if path is not None:
+            await asyncio.shield(self._loading[path])
 
     def functions(self, piece: str, most: int) -> list[str]:
         """Functions that match, the best first."""
@@ -102,7 +104,10 @@ class Knowledge:
         return Path(session.vmlinux).expanduser() if session.vmlinux else None
 
     async def _load(self, path: Path) -> None:
-        self._indexes[path] = await asyncio.to_thread(_read_names, path)
+        try:
+            self._indexes[path] = await asyncio.to_thread(_read_names, path)
+        finally:
+            self._loading[path].set_result(None)
         self._on_news()
 
     async def _load_commands(self, session: KernelSession) -> None:

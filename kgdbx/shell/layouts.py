@@ -58,19 +58,19 @@ def probe_table(probes: Sequence[dict[str, Any]], before: dict[str, int], second
         rows.append(
             (
                 probe["num"],
-                probe["kind"],
-                probe["tier"],
-                probe["state"],
+                str(probe["name"]).removeprefix("kprobes/"),
                 hits,
                 round(rate),
                 probe["missed"],
                 probe["faults"],
                 ns,
-                str(probe["name"]).removeprefix("kprobes/"),
+                probe["kind"],
+                probe["tier"],
+                probe["state"],
                 probe["what"],
             )
         )
-    columns = "num kind tier state hits hits/s missed faults ns/hit name what"
+    columns = "num name hits hits/s missed faults ns/hit kind tier state what"
     return Table(tuple(columns.split()), rows)
 
 

@@ -7,7 +7,7 @@ __all__ = ("harmless", "without_colour")
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 # Whole sequences, so that nothing of them is left as text; then every single control character.
 _SEQUENCE = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]"
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]"
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -23,7 +23,7 @@ def harmless(text: str) -> str:
     Text of a guest may try to: names of tasks, strings, files.
     """
     if "\x1b" not in text:
-        return _CONTROL.sub("", text) if _CONTROL.search(text) else text
+        return without_colour(text) if _CONTROL.search(text) else text
     parts, at = [], 0
     for colour in _COLOUR.finditer(text):
         parts += [without_colour(text[at : colour.start()]), colour[0]]

@@ -1,69 +1,79 @@
 """Output on its way to the screen: gathered, and shown a frame at a time."""
 
-from collections import deque
+import time
 from collections.abc import Callable
 
 from kgdbx.shell.plain import harmless
 
 __all__ = ("Printer",)
 
+_SCREENS_PER_S = 2.0
+_NOTE_S = 0.5
+
 
 class Printer:
     """Gathers text of all sessions into whole lines.
 
-    Nobody can read ten thousand lines a second. Of lines that may be left out, a frame shows as
-    many as fit on the screen and counts the others; a transcript has them all.
+    Nobody can read ten thousand lines a second. Of lines that may be left out a screenful is shown
+    at once, and two of them a second go on; the others are counted, and that is said. A transcript
+    has them all.
 
-    :param most: how many such lines a frame may show
+    :param rows: rows of the screen; None shows everything
+    :param clock: seconds
+    :ivar dropped: lines that were not shown so far
     """
 
-    def __init__(self, most: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        rows: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.dropped = 0
-        self._most = most
+        self._rows = rows
+        self._clock = clock
+        self._allowed = 0.0 if rows is None else float(rows())
+        self._allowed_at = clock()
         self._open: dict[str, str] = {}
-        self._lines: deque[tuple[str, bool]] = deque()
+        self._lines: list[str] = []
         self._left_out = 0
-        self._droppable = 0
+        self._note_at = clock()
 
-    def write(self, source: str, text: str, *, droppable: bool = False, prefix: str = "") -> None:
-        """Add text.
+    def write(self, source: str, text: str, *, prefix: str = "") -> None:
+        """Add text that is shown whatever comes.
 
         :param source: which session it is of: their lines are not mixed
-        :param droppable: it may be left out if there is too much
         :param prefix: put before each line
         """
         lines = (self._open.pop(source, "") + text).split("\n")
         if last := lines.pop():
             self._open[source] = last
-        for line in lines:
-            self._add(f"{prefix}{line}", droppable)
+        self._lines += (f"{prefix}{line}" for line in lines)
+
+    def write_events(self, text: str, *, prefix: str = "") -> None:
+        """Add whole lines, of which some may be left out."""
+        if self._rows is None:
+            self._lines += (f"{prefix}{line}" for line in text.splitlines())
+            return
+        now, rows = self._clock(), self._rows()
+        refill = (now - self._allowed_at) * _SCREENS_PER_S * rows
+        self._allowed, self._allowed_at = min(float(rows), self._allowed + refill), now
+        count = text.count("\n")
+        shown = text.split("\n", int(self._allowed))[: min(count, int(self._allowed))]
+        self._allowed -= len(shown)
+        self._left_out += count - len(shown)
+        self._lines += (f"{prefix}{line}" for line in shown)
 
     def flush(self, source: str, prefix: str = "") -> None:
         """End a line that a command has left open."""
         if last := self._open.pop(source, ""):
-            self._add(f"{prefix}{last}", False)
+            self._lines.append(f"{prefix}{last}")
 
     def frame(self) -> str:
         """What to show now; empty if there is nothing."""
-        if not self._lines and not self._left_out:
-            return ""
-        lines = [harmless(line) for line, _ in self._lines]
-        if self._left_out:
-            note = f"... {self._left_out:,} lines not shown; a log (--log FILE) has them"
-            lines.insert(0, note)
+        lines, self._lines = self._lines, []
+        now = self._clock()
+        if self._left_out and now - self._note_at >= _NOTE_S:
+            lines.append(f"... {self._left_out:,} lines not shown; --log FILE has all")
             self.dropped += self._left_out
-        self._lines.clear()
-        self._left_out = self._droppable = 0
-        return "\n".join(lines) + "\n"
-
-    def _add(self, line: str, droppable: bool) -> None:
-        self._lines.append((line, droppable))
-        self._droppable += droppable
-        if not droppable or self._droppable <= max(1, self._most()):
-            return
-        for n, (_, may_go) in enumerate(self._lines):
-            if may_go:
-                del self._lines[n]
-                self._droppable -= 1
-                self._left_out += 1
-                return
+            self._left_out, self._note_at = 0, now
+        return "".join(f"{harmless(line)}\n" for line in lines)

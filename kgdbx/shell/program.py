@@ -55,7 +55,7 @@ async def _main(out: TextIO, args: argparse.Namespace) -> int:
 
     interactive = args.command is None and sys.stdin.isatty() and sys.stdout.isatty()
     transcript = Transcript(args.log) if args.log else None
-    printer = Printer(_screen_rows if interactive else lambda: sys.maxsize)
+    printer = Printer(_screen_rows if interactive else None)
     shell = Shell(printer, transcript=transcript, style=pick_style(out, args.color))
     try:
         await _open_all(shell, args)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 from collections import deque
 from pathlib import Path
 
@@ -82,6 +83,8 @@ class _Repl:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._end)
         helpers = [
             loop.create_task(self._show()),
             loop.create_task(self._refresh()),
@@ -105,6 +108,14 @@ class _Repl:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+
+    def _end(self) -> None:
+        # Asked to by a signal: probes are removed on the way out.
+        self._shell.ended = True
+        if self._view is not None:
+            self._view.end()
+        if self._session.app.is_running:
+            self._session.app.exit(result="")
 
     # Lines
 

@@ -60,6 +60,11 @@ class Screen:
         finally:
             fetcher.cancel()
 
+    def end(self) -> None:
+        """Leave it, as a key does."""
+        if self._app.is_running:
+            self._app.exit()
+
     async def _fetch(self) -> None:
         while True:
             session = self._shell.current

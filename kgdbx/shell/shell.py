@@ -57,8 +57,8 @@ class Shell:
         """
         name = self._free_name(name or where.rpartition("/")[2] or "gdb")
 
-        def show(text: str, droppable: bool) -> None:
-            self.write(text, session=session, droppable=droppable)
+        def show(text: str, events: bool) -> None:
+            self.write(text, session=session, events=events)
 
         session = KernelSession(name, where, vmlinux, show)
         session.colour = bool(self.style.bold)
@@ -166,15 +166,21 @@ class Shell:
         self.write(f"{colour}{text}{self.style.reset if colour else ''}".rstrip("\n") + "\n")
 
     def write(
-        self, text: str, *, session: KernelSession | None = None, droppable: bool = False
+        self, text: str, *, session: KernelSession | None = None, events: bool = False
     ) -> None:
-        """Show text of a session; lines of one that is not the current one say whose they are."""
+        """Show text of a session; lines of one that is not the current one say whose they are.
+
+        :param events: whole lines, of which the screen may leave some out
+        """
         other = session is not None and session is not self.current and self.current is not None
         prefix = f"[{session.name}] " if session is not None and other else ""
         if self._transcript is not None:
             self._transcript.shown(text)
         source = session.name if session is not None else ""
-        self.printer.write(source, text, droppable=droppable, prefix=prefix)
+        if events:
+            self.printer.write_events(text, prefix=prefix)
+        else:
+            self.printer.write(source, text, prefix=prefix)
 
     def _free_name(self, wanted: str) -> str:
         taken = {session.name for session in self.sessions.values()}

@@ -52,11 +52,14 @@ class Transcript:
 
     def shown(self, text: str) -> None:
         """Write output, in pieces of any size; all of it, also what the screen leaves out."""
-        for line in without_colour(text).splitlines(keepends=True):
-            if not self._line_open:
-                self._file.write("# ")
-            self._file.write(line)
-            self._line_open = not line.endswith("\n")
+        plain = without_colour(text)
+        if not plain:
+            return
+        self._line_open, was_open = not plain.endswith("\n"), self._line_open
+        lines = plain if self._line_open else plain[:-1]
+        start = "" if was_open else "# "
+        end = "" if self._line_open else "\n"
+        self._file.write(start + lines.replace("\n", "\n# ") + end)
 
     def close(self) -> None:
         """Write what is left."""

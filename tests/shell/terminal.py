@@ -14,8 +14,6 @@ from typing import Any, Self
 
 import pyte
 
-_ALTERNATE = 1049 << 5  # pyte keeps private modes shifted
-
 
 class _Screen(pyte.HistoryScreen):
     # pyte has no alternate screen, and leaves its answers to the caller.
@@ -57,7 +55,7 @@ class Terminal:
         rows: int = 24,
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
         self._master, slave = os.openpty()
         self._set_size(columns, rows)
         self.screen = _Screen(columns, rows, self._write)
@@ -98,19 +96,21 @@ class Terminal:
         return above + self.display()
 
     def wait(self, what: str | Callable[[], bool], timeout_s: float = 60) -> float:
-        """Wait until the screen, or what scrolled off it, has a text, or a condition holds.
+        """Wait until the screen has a text, or a condition holds.
 
         :return: seconds that it took
         """
         start = time.monotonic()
-        holds = what if callable(what) else lambda: any(what in each for each in self.scrollback())
+        holds = what if callable(what) else lambda: any(what in each for each in self.display())
         while not holds():
-            text = "\n".join(self.scrollback()[-60:])
-            waited = time.monotonic() - start
-            assert waited < timeout_s, f"{what!r} does not come; the screen:\n{text}"
-            ended = self.process.poll()
-            assert ended is None or holds(), f"ended with {ended}; the screen:\n{text}"
-            time.sleep(0.002 if waited < 0.2 else 0.02)
+            with self.lock:
+                self.lock.wait(0.1)
+            missing = time.monotonic() - start > timeout_s or self.process.poll() is not None
+            if missing and not holds():
+                text = "\n".join(self.scrollback()[-60:])
+                raise AssertionError(
+                    f"{what!r} does not come; status {self.process.poll()}; the screen:\n{text}"
+                )
         return time.monotonic() - start
 
     def resize(self, columns: int, rows: int) -> None:
@@ -161,3 +161,4 @@ class Terminal:
             with self.lock:
                 self._stream.feed(data)
                 self.received += len(data)
+                self.lock.notify_all()

@@ -1,0 +1,24 @@
+"""The shell in a terminal, as a person has it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shell.terminal import Terminal
+
+
+@pytest.fixture
+def shell_in(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Function that starts the shell: ``shell_in("--vm", name, columns=80, rows=24)``."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, **settings: Any) -> Terminal:
+            argv = [sys.executable, "-m", "kgdbx", "shell", *arguments]
+            environment = {"KGDBX_HISTORY": str(tmp_path / "history")}
+            return stack.enter_context(Terminal(argv, environment=environment, **settings))
+
+        yield start
