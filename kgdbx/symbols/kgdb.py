@@ -16,6 +16,7 @@ def kgdb_symbols(kernel: Kernel) -> KgdbSymbols:
     :raises SymbolError: if the kernel has no KGDB, or no debug information
     """
     info, breaks = kernel.program["kgdb_info"], kernel.program["kgdb_break"]
+    slots = kernel.program["breakinfo"]
     tlb_state = kernel.program.type("struct tlb_state")
     return KgdbSymbols(
         active=kernel.address("kgdb_active"),
@@ -26,6 +27,11 @@ def kgdb_symbols(kernel: Kernel) -> KgdbSymbols:
         breaks=kernel.address("kgdb_break") + _offset(breaks[0].type_, "bpt_addr"),
         breaks_bytes=drgn.sizeof(breaks[0].type_),
         breaks_count=len(breaks),
+        slots=slots.address_of_().value_(),
+        slot_bytes=drgn.sizeof(slots[0].type_),
+        slot_addr=_offset(slots[0].type_, "addr"),
+        slot_pev=_offset(slots[0].type_, "pev"),
+        event_state=_offset(kernel.program.type("struct perf_event"), "state"),
         per_cpu_offset=kernel.address("__per_cpu_offset"),
         loaded_mm=kernel.vmlinux.address("cpu_tlbstate") + _offset(tlb_state, "loaded_mm"),
         pgd=_offset(kernel.program.type("struct mm_struct"), "pgd"),

@@ -237,6 +237,8 @@ class KgdbTarget(Target):
     def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
         self._breakpoints.insert(kind, address, size_bytes)
+        if kind is not _SOFTWARE and self._state is not None:
+            self._state.activate(address, self._cpus)
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
@@ -488,7 +490,7 @@ class KgdbTarget(Target):
             connection.forgive()
             with break_in():
                 # What was asked is on the line, and is answered now if it was not lost.
-                if connection.answer_to(b"?", self._answer_s) is None:
+                if connection.late_answer(self._answer_s) is None:
                     connection.exchange(b"?", _is_stop)
         connection.acknowledge()
         # Questions that piled up while the kernel ran are being answered now.

@@ -11,6 +11,7 @@ its own packet at every byte that is no acknowledgment; and at a ``$`` in place 
 - what must not be done twice, letting the kernel run, is never repeated blindly.
 """
 
+import math
 import re
 import select
 import time
@@ -58,6 +59,7 @@ class KgdbConnection:
         self._buffer = b""
         self._unacknowledged = False
         self._dirty = False  # something may be on the way that answers nothing any more
+        self._late_stop: bytes | None = None
         self._poll = select.poll()
         self._poll.register(line, select.POLLIN)
         self._poll.register(self.wake, select.POLLIN)
@@ -79,7 +81,7 @@ class KgdbConnection:
         while True:
             tries += 1
             self._send(payload)
-            reply = self._reply(payload, deadline)
+            reply = self._reply(deadline)
             if reply is not None and valid(reply):
                 return reply, tries > 1
             self._note_error()
@@ -91,9 +93,9 @@ class KgdbConnection:
                     "break in: kgdbx attach --sysrq, or echo g > /proc/sysrq-trigger there"
                 )
 
-    def answer_to(self, payload: bytes, timeout_s: float) -> bytes | None:
+    def late_answer(self, timeout_s: float) -> bytes | None:
         """The reply to a command that was sent before, to a kernel that ran; None if none comes."""
-        return self._reply(payload, time.monotonic() + timeout_s)
+        return self._reply(time.monotonic() + timeout_s)
 
     def read(self, payload: bytes, valid: Valid = _anything) -> bytes:
         """Send a command that only reads; on a noisy line, until two replies are the same.
@@ -125,7 +127,7 @@ class KgdbConnection:
         deadline = time.monotonic() + self._answer_s
         while True:
             self._send(payload)
-            kind, packet = self._token(self._retry_end(deadline, payload))
+            kind, packet = self._token(self._retry_end(deadline))
             if kind == _ACK:
                 return None
             if packet[:1] == b"T":
@@ -135,7 +137,7 @@ class KgdbConnection:
             # Was it lost, or the acknowledgment? KGDB answers if it still waits for commands.
             # If not, it finds the question at its next stop, and drops it.
             if kind == b"" and not self._still_stopped():
-                return None
+                return self._late_stop
             if time.monotonic() >= deadline:
                 raise TargetTimeout(f"KGDB does not take {payload!r}")
 
@@ -146,9 +148,12 @@ class KgdbConnection:
         :return: the stop reply; None at the deadline, or at once while :attr:`wake` is set
         """
         while True:
-            kind, packet = self._token(deadline, wakes=True)
+            kind, packet = self._stop_token(deadline)
             if kind == b"":
                 return None
+            if kind == b"!":
+                self._note_error()
+                self._ask_again()
             if kind == b"$":
                 self._unacknowledged = True
                 if re.match(rb"[ST][0-9a-f]{2}", packet):
@@ -189,11 +194,11 @@ class KgdbConnection:
         self.line.write(packet)
 
     # The reply to the packet just sent; None if it has to be sent again.
-    def _reply(self, payload: bytes, deadline: float) -> bytes | None:
+    def _reply(self, deadline: float) -> bytes | None:
         acknowledged = False
         asked_again = False
         while True:
-            kind, packet = self._token(self._retry_end(deadline, payload))
+            kind, packet = self._token(self._retry_end(deadline))
             if kind == b"":
                 if not acknowledged or asked_again:
                     return None
@@ -213,11 +218,32 @@ class KgdbConnection:
                 self.line.write(_NAK)
             else:
                 self._note_error()  # an older reply, again
+                if packet[:1] == b"T":
+                    self._late_stop = packet  # or a stop that came meanwhile
 
     def _still_stopped(self) -> bool:
+        self._late_stop = None
         self._send(_ALIVE)
-        reply = self._reply(_ALIVE, time.monotonic() + _RETRY_S)
-        return reply is not None and reply.startswith(b"QC")
+        reply = self._reply(time.monotonic() + _RETRY_S)
+        return self._late_stop is None and reply is not None and reply.startswith(b"QC")
+
+    # As _token(), but what has come in part, and does not go on, is damaged.
+    def _stop_token(self, deadline: float | None) -> tuple[bytes, bytes]:
+        while True:
+            until = deadline
+            if self._buffer:
+                until = min(math.inf if deadline is None else deadline, self._retry_end(math.inf))
+            kind, packet = self._token(until, wakes=True)
+            if kind != b"" or self.wake.is_set:
+                return kind, packet
+            if self._buffer:
+                return b"!", b""
+            if deadline is not None and time.monotonic() >= deadline:
+                return kind, packet
+
+    def _ask_again(self) -> None:
+        self._buffer = b""
+        self.line.write(_NAK)
 
     # What comes next: an acknowledgment, a packet ("$"), a damaged one ("!"), or nothing ("").
     def _token(self, deadline: float | None, *, wakes: bool = False) -> tuple[bytes, bytes]:
@@ -258,8 +284,8 @@ class KgdbConnection:
         else:
             select.select([self.line], [], [], left)
 
-    def _retry_end(self, deadline: float, payload: bytes) -> float:
-        on_the_line = self.line.transfer_s(len(payload) + _LONGEST // 4)
+    def _retry_end(self, deadline: float) -> float:
+        on_the_line = self.line.transfer_s(_LONGEST // 2)
         return min(deadline, time.monotonic() + _RETRY_S + on_the_line)
 
     def _note_error(self) -> None:

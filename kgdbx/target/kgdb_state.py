@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from kgdbx.target.base import DEBUG_REGISTERS
 from kgdbx.target.kgdb_memory import KgdbMemory
 from kgdbx.target.kgdb_threads import PT_REGS_OFFSETS
 
@@ -9,6 +10,9 @@ __all__ = ("KgdbState", "KgdbSymbols")
 
 _IMAGE_MAP = 0xFFFFFFFF80000000  # __START_KERNEL_map, Documentation/x86/x86_64/mm.rst
 _WORD = (1 << 64) - 1
+# enum perf_event_state, include/linux/perf_event.h.
+_EVENT_ACTIVE = 1
+_SLOT_ENABLED_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,11 @@ class KgdbSymbols:
     :ivar breaks: ``kgdb_break``, its software breakpoints, used from the first on
     :ivar breaks_bytes: size of one
     :ivar breaks_count: how many there are
+    :ivar slots: ``breakinfo``, its debug registers, one ``struct hw_breakpoint`` each
+    :ivar slot_bytes: size of one
+    :ivar slot_addr: offset of ``addr`` in it
+    :ivar slot_pev: offset of ``pev`` in it
+    :ivar event_state: offset of ``state`` in ``struct perf_event``
     :ivar per_cpu_offset: ``__per_cpu_offset``, an array
     :ivar loaded_mm: per-CPU offset of ``cpu_tlbstate.loaded_mm``
     :ivar pgd: offset of ``pgd`` in ``struct mm_struct``
@@ -39,6 +48,11 @@ class KgdbSymbols:
     breaks: int
     breaks_bytes: int
     breaks_count: int
+    slots: int
+    slot_bytes: int
+    slot_addr: int
+    slot_pev: int
+    event_state: int
     per_cpu_offset: int
     loaded_mm: int
     pgd: int
@@ -85,6 +99,28 @@ class KgdbState:
         (kgdb_cpu_enter() in kernel/debug/debug_core.c). The kernel forgets it at the next stop.
         """
         self._memory.write(self.symbols.single_step, (1).to_bytes(4, "little"))
+
+    def activate(self, address: int, cpus: tuple[int, ...]) -> None:
+        """Have the hits of a debug register reported.
+
+        KGDB's debug registers are perf events that were never enabled. Newer kernels (such as
+        6.1.192) drop the hits of such events (perf_swevent_event() in kernel/events/core.c), so
+        that KGDB never hears of them.
+
+        :param address: what the debug register holds
+        """
+        symbols = self.symbols
+        for slot in range(DEBUG_REGISTERS):
+            base = symbols.slots + slot * symbols.slot_bytes
+            enabled = self._memory.read(base, _SLOT_ENABLED_BYTES) != bytes(_SLOT_ENABLED_BYTES)
+            if not enabled or self._u64(base + symbols.slot_addr) != address:
+                continue
+            per_cpu = self._u64(base + symbols.slot_pev)
+            for cpu in cpus:
+                event = self._u64((per_cpu + self.gs_base(cpu)) & _WORD)
+                state = _EVENT_ACTIVE.to_bytes(4, "little")
+                if self._memory.read(event + symbols.event_state, 4) != state:
+                    self._memory.write(event + symbols.event_state, state)
 
     def was_breakpoint(self, address: int) -> bool:
         """Whether KGDB knows a software breakpoint at an address, removed or not, and the last
