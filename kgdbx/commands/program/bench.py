@@ -30,7 +30,7 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
             nargs="+",
             choices=(*_BENCHES, "stress"),
             metavar="NAME",
-            help="probes: both tiers, or one of them: stop, resident; leaks; stress: exact under load",
+            help="probes (both tiers), stop or resident; leaks; stress: exact under load",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
         argument("--minutes", type=float, default=2, help="of stress (default 2)"),
