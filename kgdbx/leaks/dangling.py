@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import drgn
+
 from kgdbx.arch.registers import Registers
 from kgdbx.leaks.describe import member_at, symbol_at, typed_object
 from kgdbx.leaks.heap import Block, BlockKind, Heap
@@ -48,10 +50,16 @@ def find_dangling(
     """
     free = [each for each in ranges if not _occupied(heap, each)]
     references, truncated = find_references(heap, registers, free)
+    records = _module_records(heap)
     found = [
         _dangling(heap, each, free)
         for each in references
-        if each.what not in _NO_HOLDERS and not _tells_of_area(heap, each)
+        if each.what not in _NO_HOLDERS
+        and not _tells_of_area(heap, each)
+        and not any(start <= each.address < end for start, end in records)
+        # Nobody has stored a pointer in what is read-only: it was made by the linker, for init code
+        # of another module that was there before.
+        and (each.what not in ("variable", "vmalloc") or heap.memory.is_writable(each.address))
     ]
     used = [d for d in found if d.holder is not None or d.place.partition("+")[0] not in _NOTES]
     return tuple(sorted(used, key=lambda d: d.address)), truncated
@@ -64,6 +72,23 @@ def _occupied(heap: Heap, wanted: tuple[int, int]) -> bool:
         for module in heap.kernel.modules
         for at, length, _ in module.regions
     )
+
+
+# What the module loader keeps of each loaded module: there are addresses in it of init code that is
+# gone, whose place another module may have taken later.
+def _module_records(heap: Heap) -> list[tuple[int, int]]:
+    program = heap.kernel.program
+    size = program.type("struct module").size or 0
+    records = []
+    for loaded in heap.kernel.modules:
+        records.append((loaded.struct_address, loaded.struct_address + size))
+        module = drgn.Object(program, "struct module", address=loaded.struct_address)
+        for member in ("sect_attrs", "notes_attrs"):
+            node = heap.node_of(module.member_(member).value_())
+            if node is not None:
+                block = heap.block(node)
+                records.append((block.address, block.address + block.size_bytes))
+    return records
 
 
 # Free address space and what was mapped there is written down by the vmalloc allocator.

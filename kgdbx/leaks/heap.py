@@ -400,6 +400,18 @@ def _mark_tables(
         pgds = memory.words(physical[physical >= 0].astype(np.uint64))
         tables = memory.to_physical(pgds[pgds >> np.uint64(47) != 0])
         roots = tables[(tables >= 0) & (tables % PAGE_BYTES == 0)].tolist()
+        # With page-table isolation the table for user mode lies behind that for the kernel. It is
+        # part of the same allocation, and so has no count of its own.
+        word = layout.page.refcount // 8
+        shift = 8 * (layout.page.refcount % 8)
+        for root in [root for root in roots if root // PAGE_BYTES + 1 < memory.nframes]:
+            pfn = root // PAGE_BYTES + 1
+            count = (int(pages.memmap[pfn, word]) >> shift) & 0xFFFFFFFF
+            if pages.kind[pfn] == PageKind.PAGES and count == 0:
+                roots.append(pfn * PAGE_BYTES)
+    (top,) = kernel.vmlinux.lookup("init_top_pgt")
+    if top.size_bytes > PAGE_BYTES:
+        roots.append(memory.image_physical(top.address + kernel.slide) + PAGE_BYTES)
     for name in ("efi_mm", "init_mm"):
         try:
             mm = kernel.program[name]

@@ -102,6 +102,13 @@ class BulkMemory:
         parts = paging.pages(self._translate, address, size_bytes)
         return b"".join(self._ram.read(physical, length) for physical, length in parts)
 
+    def is_writable(self, address: int) -> bool:
+        """Whether the kernel may write to an address of its own; false if nothing is mapped."""
+        try:
+            return self._translate(address).writable
+        except MemoryFault:
+            return False
+
     def read_u64(self, address: int) -> int:
         """Read an unsigned 64-bit integer of kernel virtual memory."""
         return int.from_bytes(self.read(address, 8), "little")
