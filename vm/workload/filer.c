@@ -1,10 +1,12 @@
 /*
- * Keeps a file system busy: threads that create, write, read and remove files.
+ * Keeps a file system busy: threads that create, write, read and remove files, each in a directory
+ * of its own.
  *
  *	filer DIRECTORY THREADS ROUNDS
  *
  * Prints the nanoseconds that it took.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -30,10 +32,13 @@ static void *work(void *number)
 	int round;
 
 	memset(data, 'x', sizeof(data));
+	snprintf(path, sizeof(path), "%s/%ld", directory, (long)number);
+	if (mkdir(path, 0700) && errno != EEXIST)
+		fail(path);
 	for (round = 0; round < rounds; round++) {
 		int fd;
 
-		snprintf(path, sizeof(path), "%s/%ld-%d", directory, (long)number, round % 16);
+		snprintf(path, sizeof(path), "%s/%ld/%d", directory, (long)number, round % 16);
 		fd = open(path, O_CREAT | O_RDWR, 0600);
 		if (fd < 0)
 			fail(path);

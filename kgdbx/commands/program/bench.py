@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import leaks, resident_tier, stop_tier, stress
+from kgdbx.bench import leaks, leaks_watch, resident_tier, stop_tier, stress
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.trace.json_lines import json_line
 
 _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
-    "leaks": (leaks.measure,),
+    "leaks": (leaks.measure, leaks_watch.measure_watch),
     "probes": (stop_tier.measure, resident_tier.measure),
     "resident": (resident_tier.measure,),
     "stop": (stop_tier.measure,),
