@@ -222,7 +222,7 @@ class Kernel:
         # __do_sys_getpid().
         try:
             here = self.program.source_location(function.address)[-1]
-            found = self.program.function(here.name, here.filename)
+            found = self.program.function(here.name(), here.filename)
         except (LookupError, drgn.BadDataError):
             return None
         return found.type_ if found.address_ == function.address else None

@@ -79,6 +79,9 @@ def test_kaslr_slide_and_objects(clone_of: CloneOf, kernel: str) -> None:
         assert uts.release.string_().decode() == release
         assert kernel_.symbolize(kernel_.address("vfs_read") + 9).startswith("vfs_read+0x9/0x")
         assert kernel_.symbolize(kernel_.address("panic_timeout")).startswith("0x")
+        (alias,) = kernel_.functions("__x64_sys_getpgrp")  # debug information: __do_sys_getpgrp
+        type_ = kernel_.function_type(alias)
+        assert type_ is not None and type_.type.type_name() == "long"
 
 
 def test_module_symbols(clone_of: CloneOf) -> None:
