@@ -502,7 +502,10 @@ class Session:
     def _panicked(self) -> bool:
         capabilities = self.target.capabilities
         readable = capabilities.reads_while_running or not self.target.running
-        return readable and self.kernel.panicked
+        try:
+            return readable and self.kernel.panicked
+        except TargetLost:
+            return False  # what it had recorded is still handed out
 
     @property
     def limit_reached(self) -> bool:
