@@ -1,5 +1,7 @@
 """Keys of the prompt beyond those of prompt_toolkit."""
 
+import codeop
+import contextlib
 from collections.abc import Callable
 
 from prompt_toolkit.filters import Condition, completion_is_selected
@@ -21,8 +23,15 @@ VIEW_KEYS = {
 """Views by function key."""
 
 
-def is_complete(text: str) -> bool:
-    """Whether Enter runs the text, or begins another line of it."""
+def is_complete(text: str, python: bool = False) -> bool:
+    """Whether Enter runs the text, or begins another line of it.
+
+    :param python: it is Python without ``>>>``
+    """
+    if python:
+        with contextlib.suppress(SyntaxError, ValueError, OverflowError):
+            return codeop.compile_command(text) is not None
+        return True
     _, complete = split_commands(text.split("\n"))
     return complete
 
@@ -40,7 +49,7 @@ def bindings(shell: Shell, run_line: Callable[[str], None]) -> KeyBindings:
         if buffer.complete_state is not None and buffer.complete_state.current_completion:
             buffer.apply_completion(buffer.complete_state.current_completion)
 
-    @keys.add("enter", filter=Condition(lambda: _waits_for_more()))
+    @keys.add("enter", filter=Condition(lambda: _waits_for_more(shell)))
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline()
 
@@ -69,8 +78,8 @@ def bindings(shell: Shell, run_line: Callable[[str], None]) -> KeyBindings:
     return keys
 
 
-def _waits_for_more() -> bool:
+def _waits_for_more(shell: Shell) -> bool:
     from prompt_toolkit.application import get_app
 
     buffer = get_app().current_buffer
-    return buffer.document.is_cursor_at_the_end and not is_complete(buffer.text)
+    return buffer.document.is_cursor_at_the_end and not is_complete(buffer.text, shell.python)

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import traceback
 from collections import deque
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import Application
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.document import Document
 from prompt_toolkit.enums import EditingMode
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -32,6 +34,7 @@ __all__ = ("run_repl",)
 
 _FRAME_S = 0.05
 _REFRESH_S = 1.0
+_FOR_VIEW = "(a view)"  # in place of a line: the prompt makes room
 _OWN_WORDS = frozenset(("kgdbx", "kx", "quit", "exit", "q"))
 
 
@@ -56,6 +59,7 @@ class _Repl:
         self._lines: deque[Block] = deque()
         self._something = asyncio.Event()
         self._view: Screen | None = None
+        self._typed = Document()
         self._knowledge = Knowledge(shell, self._changed)
         colour = bool(shell.style.bold)
         self._session: PromptSession[str] = PromptSession(
@@ -92,8 +96,11 @@ class _Repl:
         ]
         try:
             while not self._shell.ended:
+                if self._view is not None:
+                    await self._show_view(self._view)
+                    continue
                 try:
-                    text = await self._session.prompt_async()
+                    text = await self._session.prompt_async(default=self._typed)
                 except EOFError:
                     if self._shell.python:
                         self._shell.python = False
@@ -101,6 +108,9 @@ class _Repl:
                     break
                 except KeyboardInterrupt:
                     continue
+                if text is _FOR_VIEW:
+                    continue
+                self._typed = Document()
                 self._queue(text)
                 if any(block.text.strip() in ("quit", "q", "exit") for block in self._lines):
                     await self._drained()
@@ -114,32 +124,60 @@ class _Repl:
         self._shell.ended = True
         if self._view is not None:
             self._view.end()
-        if self._session.app.is_running:
-            self._session.app.exit(result="")
+        self._leave_prompt()
+
+    def _leave_prompt(self) -> None:
+        app = self._session.app
+        if app.is_running and not app.is_done:
+            app.exit(result="")
+
+    # Views
+
+    async def _open_view(self, name: str, arguments: list[str]) -> None:
+        # The prompt goes, with what was typed kept, and comes back when the view was left.
+        self._view = Screen(self._shell, name, arguments, style(bool(self._shell.style.bold)))
+        app = self._session.app
+        if app.is_running and not app.is_done:
+            self._typed = app.current_buffer.document
+            app.erase_when_done = True
+            app.exit(result=_FOR_VIEW)
+        await self._view.left.wait()
+
+    async def _show_view(self, view: Screen) -> None:
+        self._session.app.erase_when_done = False
+        try:
+            await view.run()
+        finally:
+            self._view = None
 
     # Lines
 
     def _queue(self, text: str) -> None:
-        lines = [text.replace("\n", "\n")] if self._shell.python else text.split("\n")
+        lines = [text] if self._shell.python else text.split("\n")
         blocks, _ = split_commands(lines)
         self._lines.extend(blocks)
         self._something.set()
 
     def _run_line(self, line: str) -> None:
-        self._lines.append(Block(line))
-        self._something.set()
+        # Of a key: one that is pressed again and again is not to be worked off for minutes.
+        if not self._lines:
+            self._lines.append(Block(line))
+            self._something.set()
 
     async def _execute(self) -> None:
         # One command after another, while the prompt takes more.
         while True:
             await self._something.wait()
             while self._lines:
-                await self._shell.run(self._lines[0])
+                try:
+                    await self._shell.run(self._lines[0])
+                except Exception:  # a mistake of ours: the prompt stays
+                    self._shell.say(traceback.format_exc(), fault=True)
                 self._lines.popleft()
                 self._changed()
             self._something.clear()
-            if self._shell.ended and self._session.app.is_running:
-                self._session.app.exit(result="")
+            if self._shell.ended:
+                self._leave_prompt()
 
     async def _drained(self) -> None:
         while self._lines and not self._shell.ended:
@@ -175,13 +213,6 @@ class _Repl:
         with contextlib.suppress(KgdbxError):
             return bool(SHELL_COMMANDS.find(word))
         return False
-
-    async def _open_view(self, name: str, arguments: list[str]) -> None:
-        self._view = Screen(self._shell, name, arguments, style(bool(self._shell.style.bold)))
-        try:
-            await self._view.run(self._session.app)
-        finally:
-            self._view = None
 
 
 def _print_above(app: Application[str], text: str) -> None:

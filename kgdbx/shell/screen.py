@@ -4,8 +4,7 @@ import asyncio
 import shutil
 import time
 
-from prompt_toolkit.application import Application, in_terminal
-from prompt_toolkit.application.current import set_app
+from prompt_toolkit.application import Application
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout import Layout, Window
@@ -27,6 +26,7 @@ class Screen:
     """Shows a view until ``q``, and fetches it once a second.
 
     :param arguments: of the view's command
+    :ivar left: set when it was left
     """
 
     def __init__(self, shell: Shell, name: str, arguments: list[str], style: Style) -> None:
@@ -34,6 +34,7 @@ class Screen:
         self._view = View(name, arguments)
         self._content: Content = lambda columns, rows: []
         self._error = ""
+        self.left = asyncio.Event()
         self._top = 0
         self._sort: int | None = None
         self._descending = True
@@ -47,22 +48,18 @@ class Screen:
             style=style,
         )
 
-    async def run(self, over: Application[str]) -> None:
-        """Show it in place of another application, until a key ends it."""
+    async def run(self) -> None:
+        """Show it, until a key ends it."""
         fetcher = asyncio.get_running_loop().create_task(self._fetch())
         try:
-            if over.is_running:
-                with set_app(over):
-                    async with in_terminal():
-                        await self._app.run_async()
-            else:
-                await self._app.run_async()
+            await self._app.run_async()
         finally:
             fetcher.cancel()
+            self.left.set()
 
     def end(self) -> None:
         """Leave it, as a key does."""
-        if self._app.is_running:
+        if self._app.is_running and not self._app.is_done:
             self._app.exit()
 
     async def _fetch(self) -> None:
@@ -114,7 +111,7 @@ class Screen:
         @keys.add("c-d")
         @keys.add("escape", eager=True)
         def end(event: KeyPressEvent) -> None:
-            event.app.exit()
+            self.end()
 
         page = max(1, shutil.get_terminal_size().lines - 3)
         for key, by in (("up", -1), ("down", 1), ("pageup", -page), ("pagedown", page)):
