@@ -14,7 +14,7 @@ characters (BUFMAX in arch/x86/include/asm/kgdb.h).
 """
 
 _LINE_BYTES = 32
-_AHEAD_BYTES = 448
+_AHEAD_BYTES = 96
 
 
 class KgdbMemory:
@@ -80,11 +80,10 @@ class KgdbMemory:
                 raise ProtocolError(f"{len(part)} bytes were not written as sent to {address:#x}")
 
     def _fetch(self, line: int, end: int) -> None:
-        # Who reads on is about to read on.
-        size = _LINE_BYTES
-        if line - _LINE_BYTES in self._lines or end - line > _LINE_BYTES:
-            page_end = (line | 0xFFF) + 1
-            size = min(_AHEAD_BYTES, page_end - line)
+        size = (end - line + _LINE_BYTES - 1) & -_LINE_BYTES
+        if line - _LINE_BYTES in self._lines:
+            size = max(size, _AHEAD_BYTES)  # who reads on goes on reading
+        size = min(size, (line | 0xFFF) + 1 - line, PACKET_BYTES & -_LINE_BYTES)
         data = self._read(line, size)
         for start in range(0, size, _LINE_BYTES):
             self._lines[line + start] = data[start : start + _LINE_BYTES]
