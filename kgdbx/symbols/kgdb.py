@@ -32,6 +32,7 @@ def kgdb_symbols(kernel: Kernel) -> KgdbSymbols:
         slot_addr=_offset(slots[0].type_, "addr"),
         slot_pev=_offset(slots[0].type_, "pev"),
         event_state=_offset(kernel.program.type("struct perf_event"), "state"),
+        nmi_dr7=kernel.object_address("nmi_dr7"),
         per_cpu_offset=kernel.address("__per_cpu_offset"),
         loaded_mm=kernel.vmlinux.address("cpu_tlbstate") + _offset(tlb_state, "loaded_mm"),
         pgd=_offset(kernel.program.type("struct mm_struct"), "pgd"),

@@ -45,6 +45,7 @@ __all__ = ("KgdbTarget",)
 _ANSWER_S = 5.0
 _INT3 = b"\xcc"
 _SOFTWARE, _HARDWARE = BreakpointKind.SOFTWARE, BreakpointKind.HARDWARE
+_BY_EITHER = (StopReason.TRAP, StopReason.WATCHPOINT)  # int3, or a debug exception
 _IF, _TF = 1 << 9, 1 << 8
 # Instructions that show or change the flags, behind prefixes: pushf, popf, iret, cli, sti.
 _FLAG_CODES = frozenset(b"\x9c\x9d\xcf\xfa\xfb")
@@ -84,6 +85,8 @@ class KgdbTarget(Target):
         self._packets: dict[int, bytes] = {}  # g packets of this stop
         self._rip = 0  # what KGDB has for rip of the CPU that stopped
         self._moved: int | None = None  # where that CPU is to go on, if it is not there
+        self._disarm = False  # a CPU may still have a debug register that was removed
+        self._by_debug_exception = False
         self._early: bytes | None = None  # a stop reply that came with an acknowledgment
         self._breaks_under_way = 0
         try:
@@ -135,6 +138,7 @@ class KgdbTarget(Target):
         ahead. If the kernel was stopped by a breakpoint of a debugger that died, that is undone.
         """
         self._state = KgdbState(self._memory, symbols)
+        self._disarm = True  # of a debugger that died, perhaps
         stale = self._moved is None and self._stop.reason is not StopReason.INTERRUPT
         if stale and self._state.was_breakpoint(self._rip - 1):
             self._moved = self._rip - 1
@@ -236,13 +240,21 @@ class KgdbTarget(Target):
 
     def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
-        self._breakpoints.insert(kind, address, size_bytes)
-        if kind is not _SOFTWARE and self._state is not None:
+        if kind is _SOFTWARE:
+            self._breakpoints.insert(kind, address, size_bytes)
+        elif self._state is None:
+            raise Unsupported(
+                "KGDB's debug registers can be neither set nor removed for certain without the "
+                "kernel's symbols; use a software breakpoint"
+            )
+        else:
+            self._breakpoints.insert(kind, address, size_bytes)
             self._state.activate(address, self._cpus)
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
         self._breakpoints.remove(kind, address, size_bytes)
+        self._disarm |= kind is not _SOFTWARE
 
     # Run control
 
@@ -373,6 +385,7 @@ class KgdbTarget(Target):
             payload = b"%b%x" % (command, self._moved)
         else:
             payload = command
+        self._forget_debug_registers()
         early = self._early = self._connection.start(payload)
         self._running = True
         self._moved = None
@@ -380,6 +393,13 @@ class KgdbTarget(Target):
         self._packets.clear()
         self._memory.forget()
         return early
+
+    def _forget_debug_registers(self) -> None:
+        # The CPU that stopped by one takes its DR7 back from where nobody sees it: another stop
+        # is needed.
+        if self._disarm and self._state is not None:
+            self._state.forget_debug_registers(self._cpus)
+            self._disarm = self._by_debug_exception
 
     def _wait_stop(self, command: bytes) -> Stop:
         packet, self._early = self._early, None
@@ -415,6 +435,7 @@ class KgdbTarget(Target):
             reason = StopReason.WATCHPOINT
         else:
             reason = StopReason.TRAP
+        self._by_debug_exception = reason in _BY_EITHER and self._moved is None
         self._stop = Stop(cpu, reason, address, signal)
         return self._stop
 
@@ -464,6 +485,15 @@ class KgdbTarget(Target):
             self._connection.close()
 
     def _detach(self) -> None:
+        for kind, address, size in self._breakpoints:
+            if kind is not _SOFTWARE:
+                self._breakpoints.remove(kind, address, size)
+                self._disarm = True
+        self._forget_debug_registers()
+        if self._disarm and self.can_break_in:
+            self._start(b"c")
+            self._ask_for_stop()
+            self._forget_debug_registers()
         # D has no address to go on at, and KGDB lets the kernel run when its OK is acknowledged.
         if self._moved is not None and self._moved != self._rip:
             self._write_register(self._stop.cpu, "rip", self._moved)

@@ -31,6 +31,7 @@ class KgdbSymbols:
     :ivar slot_bytes: size of one
     :ivar slot_addr: offset of ``addr`` in it
     :ivar slot_pev: offset of ``pev`` in it
+    :ivar nmi_dr7: per-CPU offset of ``nmi_dr7``; None if the kernel has no such thing
     :ivar event_state: offset of ``state`` in ``struct perf_event``
     :ivar per_cpu_offset: ``__per_cpu_offset``, an array
     :ivar loaded_mm: per-CPU offset of ``cpu_tlbstate.loaded_mm``
@@ -53,6 +54,7 @@ class KgdbSymbols:
     slot_addr: int
     slot_pev: int
     event_state: int
+    nmi_dr7: int | None
     per_cpu_offset: int
     loaded_mm: int
     pgd: int
@@ -121,6 +123,20 @@ class KgdbState:
                 state = _EVENT_ACTIVE.to_bytes(4, "little")
                 if self._memory.read(event + symbols.event_state, 4) != state:
                     self._memory.write(event + symbols.event_state, state)
+
+    def forget_debug_registers(self, cpus: tuple[int, ...]) -> None:
+        """Have removed debug registers stay removed.
+
+        A CPU that was stopped by another one's NMI takes back the DR7 that it had before
+        (``local_db_restore()`` in arch/x86/include/asm/debugreg.h), and would reach a breakpoint
+        that KGDB has removed meanwhile. With nothing to take back it keeps what KGDB sets.
+        """
+        if self.symbols.nmi_dr7 is None:
+            return
+        for cpu in cpus:
+            saved = (self.gs_base(cpu) + self.symbols.nmi_dr7) & _WORD
+            if self._u64(saved):
+                self._memory.write(saved, bytes(8))
 
     def was_breakpoint(self, address: int) -> bool:
         """Whether KGDB knows a software breakpoint at an address, removed or not, and the last

@@ -37,21 +37,20 @@ def test_tasks_are_listed_with_few_packets(kgdb_vm: Vm, attached: Session) -> No
 
 
 def test_a_debugger_that_died_leaves_nothing(kgdb_vm: Vm) -> None:
-    with Session.attach_kgdb(kgdb_vm.info) as session:
-        target, kernel = session.target, session.kernel
-        probed = kernel.address("__x64_sys_getpgid")
-        target.insert_breakpoint(BreakpointKind.SOFTWARE, probed)
-        target.insert_breakpoint(BreakpointKind.HARDWARE, probed + 5)
-        target.insert_breakpoint(BreakpointKind.WATCH_WRITE, kernel.address("panic_timeout"), 4)
-        command = kgdb_vm.start("caller 1 5")
-        target.resume()
-        line = target.connection.line
-        assert select.select([line], [], [], 60)[0], "no stop reply"
-        line.close()  # as if it was killed: the kernel stops, and waits
-        target._closed = True
-        with Session.attach_kgdb(kgdb_vm.info) as again:
-            assert again.target.read_registers(again.target.interrupt().cpu).rip == probed
-        assert command.wait(60).output.startswith("5 ")
+    session = Session.attach_kgdb(kgdb_vm.info)
+    target, kernel = session.target, session.kernel
+    probed = kernel.address("__x64_sys_getpgid")
+    target.insert_breakpoint(BreakpointKind.SOFTWARE, probed)
+    target.insert_breakpoint(BreakpointKind.HARDWARE, probed + 5)
+    target.insert_breakpoint(BreakpointKind.WATCH_WRITE, kernel.address("panic_timeout"), 4)
+    command = kgdb_vm.start("caller 1 5")
+    target.resume()
+    line = target.connection.line
+    assert select.select([line], [], [], 60)[0], "no stop reply"
+    line.close()  # as if it was killed: the kernel stands, and waits for the rest of its life
+    with Session.attach_kgdb(kgdb_vm.info) as again:
+        assert again.target.read_registers(again.target.interrupt().cpu).rip == probed
+    assert command.wait(60).output.startswith("5 ")
     assert still_runs(kgdb_vm)
 
 
