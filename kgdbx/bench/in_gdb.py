@@ -11,17 +11,17 @@ from kgdbx.gdb.attach import connect
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session
 
-__all__ = ("main",)
+__all__ = ("main", "measure_kgdb")
 
 _WARM_UP = 200
 
 
 class _Plain(gdb.Breakpoint):
     # What a user of gdb's Python writes today.
-    def __init__(self, address: int, hits: int) -> None:
+    def __init__(self, address: int, hits: int, warm_up: int = _WARM_UP) -> None:
         super().__init__(f"*{address:#x}", internal=True)
         self.silent = True
-        self.left = hits + _WARM_UP
+        self.left = hits + warm_up
         self.wanted = hits
         self.start = 0.0
         self.elapsed = 0.0
@@ -51,6 +51,27 @@ def main(vm: str, what: str, function: str, hits: int, result: str) -> None:
             rate = hits_per_second(session, what, function, hits)
         finally:
             session.close()
+    Path(result).write_text(json.dumps({"hits_per_s": rate}))
+
+
+def measure_kgdb(
+    line: str, vmlinux: str, slide: int, address: int, hits: int, warm_up: int, result: str
+) -> None:
+    """Measure hits a second of a bare gdb breakpoint over KGDB's line; the kernel stands.
+
+    :param slide: KASLR slide in bytes
+    :param address: guest-virtual address of the breakpoint
+    :param result: file to write to
+    """
+    gdb.execute(f"symbol-file -o {slide:#x} {vmlinux}", to_string=True)
+    gdb.execute("set architecture i386:x86-64", to_string=True)
+    gdb.execute("set remotetimeout 20", to_string=True)
+    gdb.execute(f"target remote {line}", to_string=True)
+    plain = _Plain(address, hits, warm_up)
+    gdb.execute("continue", to_string=True)
+    rate = hits / plain.elapsed
+    plain.delete()
+    gdb.execute("detach", to_string=True)
     Path(result).write_text(json.dumps({"hits_per_s": rate}))
 
 

@@ -51,7 +51,8 @@ _IF, _TF = 1 << 9, 1 << 8
 _FLAG_CODES = frozenset(b"\x9c\x9d\xcf\xfa\xfb")
 _PREFIXES = b"\x66\x48"
 _STEPS = 64
-_OVERTAKEN_S = 0.3
+_BREAK_IN_S = 2.0
+_BREAK_IN_TRIES = 4
 # How long a kernel that stands may take for its first answer, and how long that is.
 _LISTENS_S = 0.3
 _LISTENS_BYTES = 1024
@@ -88,7 +89,7 @@ class KgdbTarget(Target):
         self._disarm = False  # a CPU may still have a debug register that was removed
         self._by_debug_exception = False
         self._early: bytes | None = None  # a stop reply that came with an acknowledgment
-        self._breaks_under_way = 0
+        self._breaks_under_way = False  # a break-in that a breakpoint has overtaken
         try:
             self._synchronize()
             self._cpus = self._list_cpus()
@@ -355,7 +356,7 @@ class KgdbTarget(Target):
                 continue
             stop = self._stopped(packet, resumed_by=b"c")
             if stop.reason is StopReason.INTERRUPT and self._breaks_under_way:
-                self._breaks_under_way -= 1  # asked for before, and overtaken by a breakpoint
+                self._breaks_under_way = False
                 continue
             if on_stop is None or not on_stop(stop):
                 return stop
@@ -370,13 +371,21 @@ class KgdbTarget(Target):
         if self._break_in_way is None:
             raise Unsupported(
                 f"the kernel at {self.name} runs, and KGDB does not listen meanwhile; attach with "
-                "--sysrq, or stop it there: echo g > /proc/sysrq-trigger"
+                "--sysrq LINE, or stop it there: echo g > /proc/sysrq-trigger"
             )
-        with self._break_in_way():
-            self._breaks_under_way += 1
-            stop = self._wait_stop(b"c")
-        if stop.reason is StopReason.INTERRUPT:
-            self._breaks_under_way -= 1
+        # A second break takes back the first (uart_handle_break() in the kernel), so one that is
+        # under way is waited for, and only then is another one sent.
+        deadline = time.monotonic() + _BREAK_IN_TRIES * self._answer_s
+        packet = None
+        while packet is None:
+            if time.monotonic() >= deadline:
+                raise TargetTimeout(f"the kernel at {self.name} does not stop when it is asked to")
+            with contextlib.nullcontext() if self._breaks_under_way else self._break_in_way():
+                self._breaks_under_way = True
+                packet = self._receive_stop(_BREAK_IN_S)
+            self._breaks_under_way = packet is not None
+        if self._stopped(packet, resumed_by=b"c").reason is StopReason.INTERRUPT:
+            self._breaks_under_way = False
 
     # Let the kernel go; gives its stop reply if that has come already.
     def _start(self, command: bytes) -> bytes | None:
@@ -402,18 +411,24 @@ class KgdbTarget(Target):
             self._disarm = self._by_debug_exception
 
     def _wait_stop(self, command: bytes) -> Stop:
-        packet, self._early = self._early, None
-        if packet is None:
-            woken = self._connection.wake.is_set
-            self._connection.wake.clear()
-            try:
-                packet = self._connection.receive_stop(time.monotonic() + self._answer_s)
-            finally:
-                if woken:
-                    self._connection.wake.set()
+        packet = self._receive_stop(self._answer_s)
         if packet is None:
             raise TargetTimeout(f"the kernel at {self.name} did not stop in {self._answer_s:g} s")
         return self._stopped(packet, resumed_by=command)
+
+    # What is awaited here is no run, which a wake would end.
+    def _receive_stop(self, timeout_s: float) -> bytes | None:
+        packet, self._early = self._early, None
+        if packet is not None:
+            return packet
+        wake = self._connection.wake
+        woken = wake.is_set
+        wake.clear()
+        try:
+            return self._connection.receive_stop(time.monotonic() + timeout_s)
+        finally:
+            if woken:
+                wake.set()
 
     def _stopped(self, packet: bytes, *, resumed_by: bytes) -> Stop:
         self._running = False
@@ -490,7 +505,10 @@ class KgdbTarget(Target):
                 self._breakpoints.remove(kind, address, size)
                 self._disarm = True
         self._forget_debug_registers()
-        if self._disarm and self.can_break_in:
+        # What is under way, or left in a CPU, would stop a kernel that nobody waits for.
+        if (self._disarm or self._breaks_under_way) and self.can_break_in:
+            for kind, address, size in self._breakpoints:
+                self._breakpoints.remove(kind, address, size)
             self._start(b"c")
             self._ask_for_stop()
             self._forget_debug_registers()
@@ -500,11 +518,6 @@ class KgdbTarget(Target):
         self._connection.exchange(b"D", _is_ok_or_error)
         self._connection.acknowledge()
         self._running = True
-        # A break-in that a breakpoint has overtaken would stop a kernel that nobody waits for.
-        while self._breaks_under_way:
-            packet = self._connection.receive_stop(time.monotonic() + _OVERTAKEN_S)
-            if packet is None:
-                break
 
     # Protocol
 

@@ -90,7 +90,7 @@ class KgdbConnection:
                     raise ProtocolError(f"the stub answers {reply[:40]!r} to {payload[:40]!r}")
                 raise TargetTimeout(
                     f"no answer from KGDB within {timeout_s:g} s; does the kernel run? then "
-                    "break in: kgdbx attach --sysrq, or echo g > /proc/sysrq-trigger there"
+                    "stop it: --sysrq LINE, or echo g > /proc/sysrq-trigger there"
                 )
 
     def late_answer(self, timeout_s: float) -> bytes | None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import leaks, leaks_watch, resident_tier, stop_tier, stress
+from kgdbx.bench import kgdb, leaks, leaks_watch, resident_tier, stop_tier, stress
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
@@ -14,6 +14,7 @@ from kgdbx.trace.json_lines import json_line
 
 _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
     "leaks": (leaks.measure, leaks_watch.measure_watch),
+    "kgdb": (kgdb.measure,),
     "probes": (stop_tier.measure, resident_tier.measure),
     "resident": (resident_tier.measure,),
     "stop": (stop_tier.measure,),
@@ -30,7 +31,7 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
             nargs="+",
             choices=(*_BENCHES, "stress"),
             metavar="NAME",
-            help="probes (both tiers), stop or resident; leaks; stress: exact under load",
+            help="probes (both tiers), stop or resident; leaks; kgdb; stress: exact under load",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
         argument("--minutes", type=float, default=2, help="of stress (default 2)"),

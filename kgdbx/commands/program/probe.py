@@ -24,7 +24,21 @@ __all__ = ("END_ARGUMENTS", "TARGET_ARGUMENTS", "open_session", "run_session")
 
 TARGET_ARGUMENTS = (
     argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),
-    argument("--connect", metavar="ADDRESS", help="a stub: path of a Unix socket, or host:port"),
+    argument(
+        "--connect",
+        metavar="ADDRESS",
+        help="a stub: path of a Unix socket, or host:port; KGDB: /dev/ttyS0[,115200]",
+    ),
+    argument(
+        "--kgdb",
+        action="store_true",
+        help="KGDB over a serial line, that of the VM or the one behind the socket",
+    ),
+    argument(
+        "--sysrq",
+        metavar="LINE",
+        help="serial console of KGDB's kernel, to stop it there: /dev/ttyS1[,115200]",
+    ),
     argument("--vmlinux", metavar="FILE", help="the kernel's debug symbols, with --connect"),
 )
 """Options that say which kernel."""
@@ -46,7 +60,9 @@ def open_session(args: argparse.Namespace) -> Session:
         raise CommandError("--exec needs a VM of ours: --vm NAME")
     if bool(args.vm) == bool(args.connect):
         raise CommandError("name a kernel: --vm NAME, or --connect ADDRESS --vmlinux FILE")
-    session = Session.connect(args.vm or args.connect, args.vmlinux)
+    where = args.vm or args.connect
+    where = f"kgdb:{where}" if args.kgdb and not where.startswith("kgdb:") else where
+    session = Session.connect(where, args.vmlinux, sysrq=args.sysrq)
     if session.recovery is not None:
         print(f"kgdbx: {session.recovery.text}", file=sys.stderr)
     return session
