@@ -239,7 +239,7 @@ def read_heap(kernel: Kernel, ram: PhysicalMemory) -> Heap:
 
     :param ram: the kernel's physical memory, at rest or live
     :raises SymbolError: if debug information does not tell the layout
-    :raises TargetError: if the kernel has not booted
+    :raises TargetError: if the kernel has not booted, or is damaged beyond sense
     """
     memory = BulkMemory(kernel, ram)
     layout = read_layout(kernel.program)

@@ -121,7 +121,8 @@ def _reached_anyway(heap: Heap) -> I64:
     areas = heap.areas
     bases = heap.percpu.bases.ravel()
     rows = np.searchsorted(areas.start, bases, side="right") - 1
-    inside = (rows >= 0) & (bases < (areas.start + areas.size)[rows])
+    ends = np.append(areas.start + areas.size, np.uint64(0))
+    inside = (rows >= 0) & (bases < ends[rows])
     chosen = np.union1d(np.flatnonzero(~areas.allocated()), rows[inside])
     nodes: I64 = heap.group_first[heap.first_area_group + chosen].astype(np.int64)
     return nodes

@@ -58,7 +58,7 @@ class BulkMemory:
         if not kernel.memory.booted:
             raise TargetError("the kernel has not set up its memory yet; let it boot first")
         self._ram = ram
-        self._levels = kernel.memory.levels
+        self.levels = kernel.memory.levels
         self.direct_map = kernel.memory.direct_map
         self._image = (kernel.address("_text"), kernel.address("_end"))
         self._image_to_physical = kernel.memory.phys_base - _IMAGE_MAP
@@ -200,7 +200,7 @@ class BulkMemory:
         tables = np.unique(np.array([self._page_table, *roots], np.uint64) // PAGE_BYTES)
         level_tables = tables.astype(np.int64)
         seen = [level_tables]
-        for level in range(self._levels, 1, -1):
+        for level in range(self.levels, 1, -1):
             entries = self.frames(level_tables).ravel()
             entries = entries[entries & _PRESENT != 0]
             if level in (2, 3):
@@ -214,7 +214,7 @@ class BulkMemory:
         found = np.full(len(addresses), -1, np.int64)
         pending = np.arange(len(addresses))
         tables = np.full(len(addresses), self._page_table, np.uint64)
-        for level in range(self._levels, 0, -1):
+        for level in range(self.levels, 0, -1):
             at = addresses[pending]
             index = (at >> np.uint64(3 + 9 * level)) & np.uint64(511)
             entries = self.words(tables + index * np.uint64(8))
@@ -241,5 +241,5 @@ class BulkMemory:
             lambda physical: int.from_bytes(self._ram.read(physical, 8), "little"),
             self._page_table,
             address,
-            self._levels,
+            self.levels,
         )

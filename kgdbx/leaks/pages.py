@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from drgn.helpers.linux.percpu import per_cpu_ptr
 
-from kgdbx.errors import KgdbxError, MemoryFault
+from kgdbx.arch import paging
+from kgdbx.errors import KgdbxError, MemoryFault, TargetError
 from kgdbx.leaks.layout import PageLayout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64, BulkMemory
 from kgdbx.symbols.kernel import Kernel
@@ -21,6 +22,7 @@ _PCP_TYPES = 3  # MIGRATE_PCPTYPES, include/linux/mmzone.h
 _THP_ORDER = 9
 _LARGEST_COMPOUND = 18
 _NODES = 1024
+_MOST_CPUS = 1 << 13  # the largest NR_CPUS, arch/x86/Kconfig
 # list_del(): include/linux/poison.h, with CONFIG_ILLEGAL_POINTER_VALUE of x86-64.
 _POISON_1, _POISON_2 = np.uint64(0xDEAD000000000100), np.uint64(0xDEAD000000000122)
 
@@ -69,8 +71,11 @@ def read_pages(kernel: Kernel, memory: BulkMemory, layout: PageLayout) -> PageTa
     """Classify all page frames.
 
     :raises SymbolError: if the kernel has no vmemmap
+    :raises TargetError: if it cannot be where the kernel says
     """
     vmemmap = memory.read_u64(kernel.address("vmemmap_base"))
+    if vmemmap % PAGE_BYTES or not paging.is_canonical(vmemmap, memory.levels):
+        raise TargetError(f"vmemmap_base is {vmemmap:#x}: the kernel's memory is damaged")
     count = memory.nframes
     words, parts = memory.read_array(vmemmap, count * layout.size_bytes)
     memmap = words.reshape(count, layout.size_bytes // 8)
@@ -194,7 +199,7 @@ def _mark_pcp(kernel: Kernel, table: PageTable, layout: PageLayout) -> None:
     starts: list[int] = []
     counts: list[int] = []
     try:
-        cpus = program["nr_cpu_ids"].value_()
+        cpus = min(program["nr_cpu_ids"].value_(), _MOST_CPUS)
         for node in program["node_data"][:_NODES] if "node_data" in program else ():
             if not node:
                 break

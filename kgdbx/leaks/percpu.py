@@ -14,7 +14,10 @@ __all__ = ("PercpuMemory", "read_percpu")
 
 _UNIT_OF_MAP = 4  # PCPU_MIN_ALLOC_SIZE, include/linux/percpu.h
 _MOST_CHUNKS = 10000
-_MOST_PAGES = 1 << 16
+_MOST_PAGES = 1 << 12
+_MOST_CPUS = 1 << 13  # the largest NR_CPUS, arch/x86/Kconfig
+_MOST_SLOTS = 1000
+_LARGEST_UNIT = _MOST_PAGES * PAGE_BYTES
 
 
 @dataclasses.dataclass
@@ -43,10 +46,23 @@ class PercpuMemory:
 
 
 def read_percpu(kernel: Kernel, memory: BulkMemory, layout: PercpuLayout) -> PercpuMemory:
-    """Read the chunks of the per-CPU allocator (mm/percpu.c)."""
+    """Read the chunks of the per-CPU allocator (mm/percpu.c). What is damaged is told in errors."""
+    try:
+        return _read(kernel, memory, layout)
+    except MemoryFault as e:
+        empty = np.zeros(0, np.uint64)
+        none = np.zeros(0, np.int64)
+        bases = np.zeros((0, 0), np.uint64)
+        told = [f"per-CPU memory is left out: {e}"]
+        return PercpuMemory(empty, empty, bases, 0, none, none, none, told)
+
+
+def _read(kernel: Kernel, memory: BulkMemory, layout: PercpuLayout) -> PercpuMemory:
     base = memory.read_u64(kernel.address("pcpu_base_addr"))
     cpus = memory.read_u32(kernel.address("pcpu_nr_units"))
     unit_bytes = memory.read_u32(kernel.address("pcpu_unit_size"))
+    if not (0 < cpus <= _MOST_CPUS and 0 < unit_bytes <= _LARGEST_UNIT) or unit_bytes % PAGE_BYTES:
+        raise MemoryFault(base, unit_bytes)
     offsets = np.frombuffer(
         memory.read(memory.read_u64(kernel.address("pcpu_unit_offsets")), 8 * cpus), np.uint64
     )
@@ -95,7 +111,8 @@ def read_percpu(kernel: Kernel, memory: BulkMemory, layout: PercpuLayout) -> Per
 def _chunks(
     kernel: Kernel, memory: BulkMemory, layout: PercpuLayout, errors: list[str]
 ) -> list[int]:
-    slots = memory.read_u32(kernel.address("pcpu_nr_slots"))
+    slots = min(memory.read_u32(kernel.address("pcpu_nr_slots")), _MOST_SLOTS)
+    steps = 0
     lists = memory.read_u64(kernel.address("pcpu_chunk_lists"))
     found = [memory.read_u64(kernel.address("pcpu_first_chunk"))]
     seen = set(found)
@@ -103,13 +120,16 @@ def _chunks(
         head = lists + 16 * slot
         try:
             at = memory.read_u64(head)
-            while at != head and len(seen) < _MOST_CHUNKS:
+            while at != head and steps < _MOST_CHUNKS:
+                steps += 1
                 if at - layout.list not in seen:
                     seen.add(at - layout.list)
                     found.append(at - layout.list)
                 at = memory.read_u64(at)
         except MemoryFault as e:
             errors.append(f"a list of per-CPU chunks is damaged: {e}")
+    if steps >= _MOST_CHUNKS:
+        errors.append("a list of per-CPU chunks loops")
     return found
 
 

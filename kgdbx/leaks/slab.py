@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from kgdbx.errors import KgdbxError, MemoryFault
+from kgdbx.errors import KgdbxError, MemoryFault, TargetError
 from kgdbx.leaks.layout import CacheLayout, Layout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64, BulkMemory
 from kgdbx.leaks.native import load_native, pointer
@@ -21,6 +21,7 @@ _LARGEST_OBJECT = 1 << 22
 _LARGEST_SLAB_FRAMES = 1 << 6
 _NAME_BYTES = 64
 _FRAMES_AT_ONCE = 4096
+_MOST_CPUS = 1 << 13  # the largest NR_CPUS, arch/x86/Kconfig
 _LOOPS = 1
 
 
@@ -75,6 +76,8 @@ def read_slabs(kernel: Kernel, memory: BulkMemory, pages: PageTable, layout: Lay
     """Find all slabs in the page frames, and the caches that they belong to.
 
     A slab that makes no sense is left out and told in ``errors``.
+
+    :raises TargetError: if no slab makes sense
     """
     cache, page = layout.cache, layout.page
     tail = pages.memmap[:, page.compound_head // 8] & np.uint64(1) != 0
@@ -102,6 +105,10 @@ def read_slabs(kernel: Kernel, memory: BulkMemory, pages: PageTable, layout: Lay
     good &= heads + frames <= following
     for pfn in heads[~good & (of >= 0)].tolist()[:3]:
         errors.append(f"the slab at page frame {pfn:#x} is damaged: it has an impossible size")
+    if not good.any():
+        raise TargetError(
+            "no slab was found in this kernel's memory: what describes its page frames is damaged"
+        )
     if (more := int((~good).sum())) > 0:
         errors.append(f"{more} slabs are left out")
     return Slabs(
@@ -195,7 +202,7 @@ def _all_lists(
     # (slab, head) of each freelist that is not empty.
     some = np.flatnonzero(slabs.freelist)
     lists = list(zip(some.tolist(), slabs.freelist[some].tolist(), strict=True))
-    cpus = memory.read_u32(kernel.address("nr_cpu_ids"))
+    cpus = min(memory.read_u32(kernel.address("nr_cpu_ids")), _MOST_CPUS)
     offsets = memory.read(kernel.address("__per_cpu_offset"), 8 * cpus)
     per_cpu = [int.from_bytes(offsets[8 * n : 8 * n + 8], "little") for n in range(cpus)]
     for number, cache in enumerate(slabs.caches):

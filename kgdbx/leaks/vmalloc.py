@@ -68,6 +68,7 @@ def read_areas(memory: BulkMemory, layout: VmLayout, candidates: U64) -> Areas:
     start, vm, end = start[plausible], vm[plausible], end[plausible]
     size, flags = member(vm, layout.size), member(vm, layout.flags)
     good = (member(vm, layout.addr) == start) & (size > 0) & (size <= end - start)
+    good &= (flags & np.uint64(_VM_ALLOC) == 0) | (size <= memory.end + PAGE_BYTES)
     order = np.argsort(start[good], kind="stable")
     start, vm, size, flags = (each[good][order] for each in (start, vm, size, flags))
     pages, caller = member(vm, layout.pages), member(vm, layout.caller)
