@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import drgn
 
 from kgdbx.arch.registers import Registers
+from kgdbx.leaks.blocks import Block, BlockKind, Heap
 from kgdbx.leaks.describe import member_at, symbol_at, typed_object
-from kgdbx.leaks.heap import Block, BlockKind, Heap
 from kgdbx.leaks.references import Reference, find_references
 
 __all__ = ("Dangling", "find_dangling")

@@ -6,7 +6,7 @@ import re
 import drgn
 
 from kgdbx.errors import KgdbxError
-from kgdbx.leaks.heap import Block, BlockKind, Heap
+from kgdbx.leaks.blocks import Block, BlockKind, Heap
 
 __all__ = ("Description", "describe_block", "member_at", "symbol_at", "typed_object")
 

@@ -1,235 +1,22 @@
-"""The whole heap of a kernel, as numbered blocks.
-
-Blocks are called nodes here, as in the graph that pointers make of them. They come in rows, called
-groups: the slots of a slab, free ones included; and one each for any other block.
-"""
-
-import dataclasses
-import enum
+"""The whole heap of a kernel: slab objects, pages, vmalloc areas and per-CPU memory, numbered."""
 
 import numpy as np
 import numpy.typing as npt
 
 from kgdbx.errors import KgdbxError
+from kgdbx.leaks.blocks import Heap
 from kgdbx.leaks.layout import Layout, read_layout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U8, U64, BulkMemory, PhysicalMemory
-from kgdbx.leaks.native import Tables, pointer
 from kgdbx.leaks.pages import PageKind, PageTable, find_page_blocks, read_pages
 from kgdbx.leaks.percpu import PercpuMemory, read_percpu
-from kgdbx.leaks.slab import ALLOCATED, Slabs, mark_free_objects, read_slabs
+from kgdbx.leaks.slab import ALLOCATED, Slabs, find_cache, mark_free_objects, read_slabs
 from kgdbx.leaks.vmalloc import Areas, read_areas
 from kgdbx.symbols.kernel import Kernel
 
-__all__ = ("Block", "BlockKind", "Heap", "NO_SCAN", "VM_STRUCT", "read_heap")
-
-NO_SCAN = 2
-"""Flag of a node whose content is not followed."""
-
-VM_STRUCT = 4
-"""Flag of a node that is the ``struct vm_struct`` of an area."""
+__all__ = ("read_heap",)
 
 _HOLDS_AREAS, _IS_SLAB = 1, 2  # flags of groups, heap_walk.c
 _ONE = np.iinfo(np.uint32).max
-_SMALL_PERCPU = 1 << 32
-
-
-class BlockKind(enum.Enum):
-    """Where a block of memory comes from."""
-
-    SLAB = "slab"
-    PAGES = "pages"
-    VMALLOC = "vmalloc"
-    PERCPU = "percpu"
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """One allocated block.
-
-    :ivar node: its number
-    :ivar kind: the allocator
-    :ivar cache: name of its ``kmem_cache``, or of the kind
-    :ivar address: guest-virtual; of per-CPU memory what ``alloc_percpu()`` gave
-    :ivar size_bytes: as large as the allocator made it
-    """
-
-    node: int
-    kind: BlockKind
-    cache: str
-    address: int
-    size_bytes: int
-
-
-@dataclasses.dataclass
-class Heap:
-    """All blocks of a kernel at one moment.
-
-    :ivar group_first: first node of each group
-    :ivar group_address: guest-virtual address of each
-    :ivar group_bytes: size of its nodes
-    :ivar group_base: guest-physical address where it has one
-    :ivar frame_group: group of each page frame, -1 for none
-    :ivar node_flags: :data:`~kgdbx.leaks.slab.ALLOCATED`, :data:`NO_SCAN`, :data:`VM_STRUCT`
-    :ivar errors: what could not be read or is damaged; empty if the heap is whole
-    """
-
-    kernel: Kernel
-    memory: BulkMemory
-    layout: Layout
-    pages: PageTable
-    slabs: Slabs
-    areas: Areas
-    percpu: PercpuMemory
-    group_first: npt.NDArray[np.uint32]
-    group_count: npt.NDArray[np.uint32]
-    group_size: npt.NDArray[np.uint32]
-    group_flags: U8
-    group_base: I64
-    group_address: U64
-    group_bytes: I64
-    frame_group: npt.NDArray[np.int32]
-    node_flags: U8
-    errors: list[str]
-
-    @property
-    def nnodes(self) -> int:
-        """Number of nodes, free slots included."""
-        return len(self.node_flags)
-
-    def groups_of(self, nodes: I64) -> I64:
-        """Groups of nodes."""
-        return np.searchsorted(self.group_first, nodes, side="right") - 1
-
-    def addresses(self, nodes: I64) -> U64:
-        """Guest-virtual addresses of nodes."""
-        group = self.groups_of(nodes)
-        within = (nodes - self.group_first[group]) * self.group_bytes[group]
-        return self.group_address[group] + within.astype(np.uint64)
-
-    def cache_numbers(self, nodes: I64) -> I64:
-        """Index in :attr:`cache_names` for each node."""
-        group = self.groups_of(nodes)
-        nslabs = len(self.slabs.cache)
-        numbers = np.empty(len(nodes), np.int64)
-        slab = group < nslabs
-        numbers[slab] = self.slabs.cache[group[slab]]
-        ends = nslabs + np.cumsum([len(self.pages.heads), len(self.areas.start)])
-        numbers[~slab] = len(self.slabs.caches) + np.searchsorted(ends, group[~slab], side="right")
-        return numbers
-
-    @property
-    def cache_names(self) -> tuple[str, ...]:
-        """Names of all caches, and of the kinds of blocks that have none."""
-        kinds = (BlockKind.PAGES, BlockKind.VMALLOC, BlockKind.PERCPU)
-        return (*(c.name for c in self.slabs.caches), *(kind.value for kind in kinds))
-
-    def sizes(self, nodes: I64) -> I64:
-        """Sizes of nodes in bytes."""
-        sizes: I64 = self.group_bytes[self.groups_of(nodes)]
-        return sizes
-
-    def block(self, node: int) -> Block:
-        """Describe a node."""
-        one = np.array([node])
-        number = int(self.cache_numbers(one)[0])
-        rest = number - len(self.slabs.caches)
-        kinds = (BlockKind.PAGES, BlockKind.VMALLOC, BlockKind.PERCPU)
-        return Block(
-            node,
-            kinds[rest] if rest >= 0 else BlockKind.SLAB,
-            self.cache_names[number],
-            int(self.addresses(one)[0]),
-            int(self.sizes(one)[0]),
-        )
-
-    def allocated_objects(self, cache: str) -> U64:
-        """Addresses of the allocated objects of a cache, ascending within a slab."""
-        wanted = [n for n, c in enumerate(self.slabs.caches) if c.name == cache]
-        return self.addresses(self._allocated_nodes(wanted))
-
-    def objects_of(self, symbol: str) -> U64:
-        """Addresses of the allocated objects of the cache that a variable of the kernel names."""
-        number = _cache_number(self.kernel, self.memory, self.slabs, symbol)
-        return self.addresses(self._allocated_nodes([] if number is None else [number]))
-
-    def members(self, addresses: U64, offset: int) -> U64:
-        """Words of many structures, zero where nothing is mapped.
-
-        :param offset: of the word in the structure, a multiple of 8
-        """
-        physical = self.memory.to_physical(addresses + np.uint64(offset))
-        words = self.memory.words(np.maximum(physical, 0).astype(np.uint64))
-        return np.where(physical >= 0, words, np.uint64(0))
-
-    def _allocated_nodes(self, caches: list[int]) -> I64:
-        groups = np.flatnonzero(np.isin(self.slabs.cache, caches))
-        first = self.group_first[groups].astype(np.int64)
-        counts = self.group_count[groups].astype(np.int64)
-        ends = np.cumsum(counts)
-        nodes = np.repeat(first - (ends - counts), counts) + np.arange(counts.sum())
-        used: I64 = nodes[self.node_flags[nodes] & ALLOCATED != 0]
-        return used
-
-    def node_of(self, address: int) -> int | None:
-        """The node that holds an address, allocated or not."""
-        direct = address - self.memory.direct_map
-        if 0 <= direct < self.memory.end:
-            group = int(self.frame_group[direct // PAGE_BYTES])
-            if group < 0:
-                return None
-            index = 0
-            if int(self.group_count[group]) > 1:
-                index = (direct - int(self.group_base[group])) // int(self.group_size[group])
-            return int(self.group_first[group]) + index if index < self.group_count[group] else None
-        row = int(np.searchsorted(self.areas.start, np.uint64(address), side="right")) - 1
-        if row >= 0 and address < int(self.areas.start[row]) + int(self.areas.size[row]):
-            return int(self.group_first[self.first_area_group + row])
-        return None
-
-    @property
-    def first_area_group(self) -> int:
-        """Group of the first vmalloc area."""
-        return len(self.slabs.cache) + len(self.pages.heads)
-
-    @property
-    def first_percpu_group(self) -> int:
-        """Group of the first per-CPU allocation."""
-        return self.first_area_group + len(self.areas.start)
-
-    def tables(self) -> tuple[Tables, tuple[object, ...]]:
-        """What heap_walk.c works on, and the arrays to keep as long as it does."""
-        areas, percpu, vm = self.areas, self.percpu, self.layout.vm
-        area_end = areas.start + areas.size
-        area_node = self.group_first[self.first_area_group : self.first_percpu_group].copy()
-        percpu_end = percpu.start + percpu.size
-        percpu_node = self.group_first[self.first_percpu_group :].copy()
-        kept = (area_end, area_node, percpu_end, percpu_node)
-        tables = Tables(
-            direct_map=self.memory.direct_map,
-            nframes=self.memory.nframes,
-            frame_group=pointer(self.frame_group),
-            group_base=pointer(self.group_base),
-            group_size=pointer(self.group_size),
-            group_count=pointer(self.group_count),
-            group_first=pointer(self.group_first),
-            group_flags=pointer(self.group_flags),
-            node_flags=pointer(self.node_flags),
-            vmemmap=self.pages.vmemmap,
-            page_struct_bytes=self.layout.page.size_bytes,
-            nareas=len(areas.start),
-            area_start=pointer(areas.start),
-            area_end=pointer(area_end),
-            area_node=pointer(area_node),
-            npercpu=len(percpu.start),
-            percpu_exact_below=_SMALL_PERCPU,
-            percpu_start=pointer(percpu.start),
-            percpu_end=pointer(percpu_end),
-            percpu_node=pointer(percpu_node),
-            va_start=vm.va_start,
-            va_end=vm.va_end,
-            vm=vm.vm,
-        )
-        return tables, kept
 
 
 def read_heap(kernel: Kernel, ram: PhysicalMemory) -> Heap:
@@ -279,9 +66,12 @@ def _number(
     sizes = np.array([c.size_bytes for c in slabs.caches] or [0], np.int64)[slabs.cache]
     page_base = pages.heads * PAGE_BYTES
     base = np.concatenate([slabs.base, page_base, np.zeros(singles - len(page_base), np.int64)])
+    # Objects lie behind the red zone on their left, if the cache has one.
+    pads = np.array([c.red_left_pad for c in slabs.caches] or [0], np.int64)[slabs.cache]
+    mapped = np.concatenate([slabs.base + pads, page_base])
     address = np.concatenate(
         [
-            base[: nslabs + len(page_base)].astype(np.uint64) + np.uint64(memory.direct_map),
+            mapped.astype(np.uint64) + np.uint64(memory.direct_map),
             areas.start,
             percpu.start,
         ]
@@ -351,17 +141,9 @@ def _objects(
     within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
     used = flags[np.repeat(first[groups].astype(np.int64), counts) + within] & ALLOCATED != 0
     at = np.repeat(slabs.base[groups], counts) + within * slabs.caches[number].size_bytes
-    found: U64 = at[used].astype(np.uint64) + np.uint64(memory.direct_map)
+    pad = slabs.caches[number].red_left_pad
+    found: U64 = at[used].astype(np.uint64) + np.uint64(memory.direct_map + pad)
     return found
-
-
-def _cache_number(kernel: Kernel, memory: BulkMemory, slabs: Slabs, symbol: str) -> int | None:
-    # The cache that a variable of the kernel points to: its name may be another's, if merged.
-    address = kernel.object_address(symbol)
-    if address is None:
-        return None
-    wanted = memory.read_u64(address)
-    return next((n for n, c in enumerate(slabs.caches) if c.address == wanted), None)
 
 
 def _read_areas(
@@ -372,7 +154,7 @@ def _read_areas(
     first: npt.NDArray[np.uint32],
     flags: U8,
 ) -> tuple[Areas, int | None]:
-    number = _cache_number(kernel, memory, slabs, "vmap_area_cachep")
+    number = find_cache(kernel, memory, slabs, "vmap_area_cachep")
     candidates = np.zeros(0, np.uint64)
     if number is None:
         slabs.errors.append("the cache of vmalloc areas is not found: these are left out")
@@ -392,7 +174,7 @@ def _mark_tables(
     pages: PageTable,
 ) -> None:
     roots: list[int] = []
-    number = _cache_number(kernel, memory, slabs, "mm_cachep")
+    number = find_cache(kernel, memory, slabs, "mm_cachep")
     if number is not None:
         offset = kernel.program.type("struct mm_struct").member("pgd").offset
         objects = _objects(memory, slabs, first, flags, number)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import MachineError
-from kgdbx.leaks.heap import NO_SCAN, VM_STRUCT, Heap
+from kgdbx.leaks.blocks import NO_SCAN, VM_STRUCT, Heap
 from kgdbx.leaks.memory import I64, U8
 from kgdbx.leaks.native import load_native, pointer
 from kgdbx.leaks.roots import stack_nodes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kgdbx.arch.registers import Registers
-from kgdbx.leaks.heap import Block, Heap
+from kgdbx.leaks.blocks import Block, Heap
 from kgdbx.leaks.native import load_native, pointer
 from kgdbx.leaks.roots import NONE
 from kgdbx.leaks.slab import ALLOCATED

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kgdbx.arch.registers import Registers
-from kgdbx.leaks.heap import Heap
+from kgdbx.leaks.blocks import Heap
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64
 from kgdbx.leaks.pages import PageKind
 

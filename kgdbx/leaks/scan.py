@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kgdbx.arch.registers import Registers
-from kgdbx.leaks.heap import NO_SCAN, VM_STRUCT, Block, Heap, read_heap
+from kgdbx.leaks.blocks import NO_SCAN, VM_STRUCT, Block, Heap
+from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.mark import find_reached
 from kgdbx.leaks.memory import I64, PhysicalMemory
 from kgdbx.leaks.slab import ALLOCATED

@@ -12,7 +12,7 @@ from kgdbx.leaks.native import load_native, pointer
 from kgdbx.leaks.pages import PageKind, PageTable
 from kgdbx.symbols.kernel import Kernel
 
-__all__ = ("ALLOCATED", "Cache", "Slabs", "mark_free_objects", "read_slabs")
+__all__ = ("ALLOCATED", "Cache", "Slabs", "find_cache", "mark_free_objects", "read_slabs")
 
 ALLOCATED = 1
 """Flag of a node that is in use."""
@@ -96,7 +96,6 @@ def read_slabs(kernel: Kernel, memory: BulkMemory, pages: PageTable, layout: Lay
     objects = (counters >> np.uint64(cache.objects_shift)) & np.uint64(cache.objects_mask)
     of = number[which]
     size = np.array([c.size_bytes for c in caches] or [1], np.int64)[of]
-    pad = np.array([c.red_left_pad for c in caches] or [0], np.int64)[of]
     frames = -(-objects.astype(np.int64) * size // PAGE_BYTES)
     good = (of >= 0) & (objects > 0) & (frames <= _LARGEST_SLAB_FRAMES)
     good &= heads + frames <= len(pages.kind)
@@ -118,10 +117,24 @@ def read_slabs(kernel: Kernel, memory: BulkMemory, pages: PageTable, layout: Lay
         of[good],
         objects[good].astype(np.int64),
         slab[good, cache.freelist // 8],
-        heads[good] * PAGE_BYTES + pad[good] * 0,
+        heads[good] * PAGE_BYTES,
         errors,
         np.zeros(int(good.sum()), bool),
     )
+
+
+def find_cache(kernel: Kernel, memory: BulkMemory, slabs: Slabs, symbol: str) -> int | None:
+    """The number of the cache that a variable of the kernel points to; None if it has no slabs.
+
+    Its name may be another's, if it was merged with one.
+
+    :param symbol: such as ``vmap_area_cachep``
+    """
+    address = kernel.object_address(symbol)
+    if address is None:
+        return None
+    wanted = memory.read_u64(address)
+    return next((n for n, c in enumerate(slabs.caches) if c.address == wanted), None)
 
 
 def mark_free_objects(
@@ -157,10 +170,10 @@ def mark_free_objects(
         pfns = np.repeat(slabs.pfns[unique] - begin, counts) + np.arange(counts.sum())
         words = memory.frames(pfns)
         of = slabs.cache[part]
-        at = np.ascontiguousarray(begin[where].astype(np.uint64) * np.uint64(PAGE_BYTES // 8))
-        address = slabs.base[part].astype(np.uint64) + np.uint64(memory.direct_map)
-        # What a freelist holds are objects, which lie behind the red zone on their left.
-        head = heads[start:end] - np.where(heads[start:end] != 0, pad[of], np.uint64(0))
+        # The first object lies behind the red zone on its left, and so do all the others.
+        at = begin[where].astype(np.uint64) * np.uint64(PAGE_BYTES // 8) + pad[of] // np.uint64(8)
+        address = slabs.base[part].astype(np.uint64) + np.uint64(memory.direct_map) + pad[of]
+        head = np.ascontiguousarray(heads[start:end])
         size = np.ascontiguousarray(table[of, 0])
         offset = np.ascontiguousarray(table[of, 1])
         count = slabs.objects[part].astype(np.uint32)

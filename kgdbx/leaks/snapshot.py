@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kgdbx.errors import CommandError
-from kgdbx.leaks.heap import Block, Heap
+from kgdbx.leaks.blocks import Block, Heap
 from kgdbx.leaks.memory import U64
 from kgdbx.leaks.scan import CacheUsage, cache_usage
 from kgdbx.leaks.slab import ALLOCATED

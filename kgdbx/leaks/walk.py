@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
-from kgdbx.leaks.heap import Heap
+from kgdbx.leaks.blocks import Heap
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64
 from kgdbx.leaks.pages import PageKind
 from kgdbx.leaks.roots import NONE, ROOT, percpu_sources, root_frames, stack_sources

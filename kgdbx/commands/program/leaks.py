@@ -18,8 +18,9 @@ from kgdbx.commands.session.leaks import (
     leak_table,
 )
 from kgdbx.errors import CommandError, Unsupported
+from kgdbx.leaks.blocks import Heap
 from kgdbx.leaks.dangling import find_dangling
-from kgdbx.leaks.heap import Heap, read_heap
+from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.layout import read_layout
 from kgdbx.leaks.native import load_native
 from kgdbx.leaks.scan import Scan, confirm, scan_heap

@@ -8,9 +8,9 @@ from kgdbx.commands.context import Context
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session import SESSION_COMMANDS
 from kgdbx.errors import Unsupported
+from kgdbx.leaks.blocks import Block, Heap
 from kgdbx.leaks.dangling import Dangling
 from kgdbx.leaks.describe import Description, describe_block
-from kgdbx.leaks.heap import Block, Heap
 from kgdbx.leaks.scan import Scan, scan_heap
 from kgdbx.leaks.snapshot import Growth
 from kgdbx.probes.fetch import Hex

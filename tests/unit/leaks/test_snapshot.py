@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kgdbx.errors import CommandError
-from kgdbx.leaks.heap import Block, BlockKind
+from kgdbx.leaks.blocks import Block, BlockKind
 from kgdbx.leaks.scan import CacheUsage
 from kgdbx.leaks.snapshot import ModuleRange, Snapshot, read_snapshot
 

@@ -7,7 +7,8 @@ import pytest
 from drgn.helpers.linux.pid import find_task
 from drgn.helpers.linux.slab import find_slab_cache, slab_cache_for_each_allocated_object
 
-from kgdbx.leaks.heap import BlockKind, read_heap
+from kgdbx.leaks.blocks import BlockKind
+from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.pages import PageKind
 from kgdbx.session import open_ram
 
