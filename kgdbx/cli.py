@@ -1,7 +1,8 @@
 """The ``kgdbx`` program.
 
 Exit status: 0 all is well, 1 findings (a guest command failed, a handler raised, a check failed),
-2 wrong use, 3 the kernel, VM or stub cannot be had, 130 ended by ^C.
+2 wrong use, 3 the kernel, VM or stub cannot be had, 4 no findings but not all was looked at, 130
+ended by ^C.
 """
 
 import argparse
