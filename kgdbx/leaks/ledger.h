@@ -13,7 +13,7 @@
 #define FRAMES 22
 #define BUCKET_KEYS 7
 #define LONGEST_SPILL 64
-#define SEEN_WAYS 8
+#define SEEN_WAYS 16
 #define SHAPE 44
 #define RECENT 64
 
@@ -136,20 +136,17 @@ static __always_inline bool is_stub(u64 word)
 	return word - WINDOW < WINDOW_BYTES && !(word & 15) && *(const u8 *)word == 0x68;
 }
 
-/* The first word on the stack that points into a watched module, 0 if there is none. */
-static __always_inline const u64 *find_watched(const u64 *sp)
+/* Whether any word on the stack points into a watched module. */
+static __always_inline bool is_anywhere(const u64 *sp)
 {
 	const u64 low = CONTROL_BLOCK->low, span = CONTROL_BLOCK->span;
-	const u64 *end;
+	const u64 *end = stack_end(sp);
 
-	if (!span)
-		return 0;
-	end = stack_end(sp);
 #pragma GCC unroll 4
 	for (; sp < end; sp++)
-		if (unlikely(*sp - low < span))
-			return sp;
-	return 0;
+		if (unlikely(*sp >= low) && *sp - low < span) /* most words are below: one comparison */
+			return true;
+	return false;
 }
 
 static __always_inline const struct slot *slot_of(u64 stub)
@@ -200,50 +197,64 @@ static __always_inline void note_recent(const struct probe *p, const u64 *sp)
 	recent->point = p->point;
 }
 
+/* Whether the last free of this task is under way: where its return address is, 0 if it is not. */
+static __always_inline const u64 *recent_place(const struct probe *p, const u64 *sp)
+{
+	const u8 *task = current_task();
+	const struct recent *recent = recent_call(task);
+	const u64 *at = (const u64 *)recent->sp;
+
+	if (likely(recent->task != (u64)task || (u64)at - (u64)sp >= STACK_BYTES ||
+		   *at != recent->ret_addr))
+		return 0;
+	/* What the same call frees again, in a loop, is not part of it. */
+	return at == sp && recent->point == p->point ? 0 : at;
+}
+
 /*
  * Whether a frame of a stack is that of a watched call: of an allocation, whose return is awaited,
  * or of the last free. One that ended with a jump to another function has left nothing but its
  * return address.
  */
-static __always_inline bool is_nested(const struct probe *p, const u64 *sp, const u16 *places,
-				      u64 count)
+static __always_inline bool is_nested(const u64 *at, const u64 *recent)
 {
-	const u8 *task = current_task();
-	const struct recent *recent = recent_call(task);
-	u64 n;
-
-	for (n = 0; n < count; n++) {
-		const u64 *at = sp + places[n];
-
-		if (unlikely(is_stub(*at)) && slot_of(*at)->probe->id - CONTROL_BLOCK->first_probe <
-						      CONTROL_BLOCK->probes)
-			return true;
-		if (recent->sp == (u64)at && recent->task == (u64)task && recent->ret_addr == *at &&
-		    (n || recent->point != p->point))
-			return true;
-	}
-	return false;
+	return at == recent ||
+	       (unlikely(is_stub(*at)) &&
+		slot_of(*at)->probe->id - CONTROL_BLOCK->first_probe < CONTROL_BLOCK->probes);
 }
 
-/* The number of a stack that was unwound before, 0 if it was not, and if the call is nested. */
+/* The number of a stack that was unwound before, 0 if it was not; and whether it is nested. */
 static __slow u64 find_seen(const struct probe *p, u64 key, const u64 *sp, bool *nested)
 {
 	const struct seen *seen = seen_set(key), *end = seen + SEEN_WAYS;
 
 	for (; seen < end; seen++) {
-		u64 version = *(const volatile u64 *)&seen->version, n, stack;
+		u64 version, n, stack;
+		const u64 *recent;
 
-		if (seen->key != key || version & 1)
+		if (!seen->key) /* filled from the front */
+			return 0;
+		if (seen->key != key)
 			continue;
-		for (n = 0; n < seen->count; n++)
-			if (!returns_to(sp[seen->places[n]], seen->frames[n]))
+		version = *(const volatile u64 *)&seen->version;
+		recent = recent_place(p, sp);
+		*nested = false;
+		for (n = 0; n < seen->count; n++) {
+			const u64 *at = sp + seen->places[n];
+
+			if (likely(*at == seen->frames[n])) {
+				*nested |= at == recent;
+				continue;
+			}
+			if (!returns_to(*at, seen->frames[n]))
 				break;
+			*nested |= is_nested(at, recent);
+		}
 		if (n < seen->count)
 			continue;
 		stack = seen->stack;
-		*nested = stack & OWNED && is_nested(p, sp, seen->places, seen->count);
 		barrier();
-		if (*(const volatile u64 *)&seen->version == version)
+		if (!(version & 1) && *(const volatile u64 *)&seen->version == version)
 			return stack;
 	}
 	return 0;
@@ -276,9 +287,12 @@ static __slow bool remember(u64 key, u64 stack, const u64 *frames, const u16 *pl
 	u64 version;
 	u32 n;
 
-	for (n = 0; n < SEEN_WAYS; n++)
-		if (!set[n].key)
+	for (n = 0; n < SEEN_WAYS; n++) {
+		if (!set[n].key) {
 			seen = set + n;
+			break;
+		}
+	}
 	version = seen->version;
 	if (version & 1 || !atomic_swap_from(&seen->version, version, version + 1))
 		return false;
@@ -348,7 +362,9 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key, b
 	u64 frames[UNWOUND], stack = CONTROL_BLOCK->seed;
 	u32 n, count = unwind(p, sp, bp, frames), placed;
 	u16 places[SHAPE];
+	const u64 *recent;
 
+	*nested = false;
 	for (n = 0; n < count; n++)
 		stack = mix(stack, frames[n]);
 	stack = (stack & ~INFO) | KNOWN;
@@ -361,7 +377,9 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key, b
 		}
 	}
 	placed = CALLED(find_places(sp, frames, count, places));
-	*nested = stack & OWNED && is_nested(p, sp, places, placed);
+	recent = recent_place(p, sp);
+	for (n = 0; n < placed; n++)
+		*nested |= is_nested(sp + places[n], recent);
 	if (stack & OWNED && !*nested && !CALLED(say(p, STACK, stack, 0, 0, frames, count)))
 		return stack;
 	/* A nested one is not told of, and may be met when it is not nested. */
@@ -370,18 +388,14 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key, b
 	return stack;
 }
 
-/*
- * The number of a stack of a watched module, 0 if it is not of one, or part of another call.
- * found: the first word on it that points into one
- */
-static __always_inline u64 look_at_stack(const struct probe *p, const u64 *sp, u64 bp,
-					 const u64 *found)
+/* The number of a stack of a watched module, 0 if it is not of one, or part of another call. */
+static __always_inline u64 look_at_stack(const struct probe *p, const u64 *sp, u64 bp)
 {
-	u64 key = mix(mix(mix(p->point, *sp), *found), found - sp) | 1, stack;
-	bool nested = false;
+	u64 key = mix(p->point, *sp) | 1, stack;
+	bool nested;
 
 	stack = CALLED(find_seen(p, key, sp, &nested));
-	if (!stack)
+	if (!stack && is_anywhere(sp))
 		stack = CALLED(learn(p, sp, bp, key, &nested));
 	return stack & OWNED && !nested ? stack : 0;
 }
@@ -473,10 +487,10 @@ static __slow bool enter_block(u64 address, u64 size, u64 stack)
 }
 
 /* At the entry of an allocator. */
-static __slow bool allocating(struct probe *p, const u64 *sp, u64 bp, const u64 *watched, u64 a1,
-			      u64 a2, u64 a3, u64 a4)
+static __slow bool allocating(struct probe *p, const u64 *sp, u64 bp, u64 a1, u64 a2, u64 a3,
+			      u64 a4)
 {
-	u64 stack = look_at_stack(p, sp, bp, watched);
+	u64 stack = look_at_stack(p, sp, bp);
 	const struct context c = { .sp = (u64)sp, .task = current_task() };
 	struct slot *slot;
 
@@ -513,9 +527,9 @@ static __slow bool freed(struct probe *p, const u64 *sp, u64 bp, u64 address, u6
 
 /* At the entry of what frees an address that is not in the ledger. */
 static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64 address,
-				     bool quiet, const u64 *watched)
+				     bool quiet)
 {
-	u64 stack = look_at_stack(p, sp, bp, watched);
+	u64 stack = look_at_stack(p, sp, bp);
 
 	if (!stack)
 		return false;
@@ -531,11 +545,8 @@ static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64
 #define ALLOCATOR(number, each, address_of, size_of, count_of)                                     \
 	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
 	{                                                                                          \
-		const u64 *sp = ENTRY_SP, *watched = find_watched(sp);                             \
-                                                                                                   \
-		if (unlikely(watched))                                                             \
-			CALLED(allocating((struct probe *)pp, sp, ENTRY_BP, watched, a1, a2, a3,   \
-					  a4));                                                    \
+		if (likely(CONTROL_BLOCK->span))                                                   \
+			CALLED(allocating((struct probe *)pp, ENTRY_SP, ENTRY_BP, a1, a2, a3, a4)); \
 	}                                                                                          \
 	__handler void return_##number(struct slot *slot, u64 ret, u64 rdx, u64 *place)            \
 	{                                                                                          \
@@ -557,7 +568,7 @@ static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64
 	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
 	{                                                                                          \
 		struct probe *p = (struct probe *)pp;                                              \
-		const u64 *sp = ENTRY_SP, *watched;                                                \
+		const u64 *sp = ENTRY_SP;                                                          \
 		u64 n, address, stack, session;                                                    \
                                                                                                    \
 		for (n = 0; n < (u64)(count_of); n++) {                                            \
@@ -566,8 +577,7 @@ static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64
 				continue;                                                          \
 			if (unlikely(strike_out(address, &stack, &session)))                       \
 				CALLED(freed(p, sp, ENTRY_BP, address, stack, session));           \
-			else if (unlikely(watched = find_watched(sp)))                             \
-				CALLED(freed_unallocated(p, sp, ENTRY_BP, address, quiet,          \
-							 watched));                                \
+			else if (likely(CONTROL_BLOCK->span))                                      \
+				CALLED(freed_unallocated(p, sp, ENTRY_BP, address, quiet));        \
 		}                                                                                  \
 	}

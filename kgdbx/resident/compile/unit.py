@@ -303,7 +303,7 @@ class Unit:
             ``return_stub_N``; ``full`` where all registers are kept: ``decide_N``
         :param to: where its records go, or what its hits are summed up in
         """
-        key = (kind, body.condition, body.fill, body.saves, to, body.handlers)
+        key = (kind, body.condition, body.fill, body.saves, to, body.handlers, body.shared)
         number = self.handlers.get(key)
         if number is None:
             number = self.handlers[key] = len(self.handlers)
