@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kgdbx.resident.guest_call import Script
 from kgdbx.resident.memory import PAGE_BYTES, GuestMemory, Window
 
-__all__ = ("Heap", "Places")
+__all__ = ("Heap",)
 
 _CHUNK_BYTES = 64 << 10
 
@@ -59,15 +59,3 @@ class Heap:
         """Take back what nothing in the guest uses any more."""
         size_bytes = -(-size_bytes // align_bytes) * align_bytes
         self._free.setdefault(size_bytes, []).append(address)
-
-
-@dataclass(frozen=True)
-class Places:
-    """The two heaps.
-
-    :ivar code: for what is executed
-    :ivar data: for what handlers and the host write
-    """
-
-    code: Heap
-    data: Heap
