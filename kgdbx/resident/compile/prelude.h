@@ -233,11 +233,8 @@ static __always_inline void leave_handler(void)
 	gs_add32(PREEMPT_COUNT, -1);
 }
 
-/*
- * How far the host has come; while it writes that, it is waited for, but not for long. Out of the
- * way, with the registers that it takes: few hits need it.
- */
-static __handler __attribute__((noinline, cold)) u64 read_tail(const struct ring *ring)
+/* How far the host has come; while it writes that, it is waited for, but not for long. */
+static __always_inline u64 read_tail(const struct ring *ring)
 {
 	u32 n;
 
