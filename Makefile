@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: setup fetch test demo check clean
+.PHONY: setup fetch test screenshots demo check clean
 
 setup:
 	@vm/host-setup
@@ -16,6 +16,10 @@ test: fetch
 	@rm -f build/junit.xml
 	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal --junit-xml=build/junit.xml $(PYTEST_ARGS)
 	@$(PYTHON) .ci/check_junit.py build/junit.xml
+
+# Pictures of the shell for docs/shell.md, of a real one on a real kernel.
+screenshots: fetch
+	$(PYTHON) -m tests.shell.screenshots docs/images
 
 demo: setup
 	.venv/bin/kgdbx demo

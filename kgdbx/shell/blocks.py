@@ -19,7 +19,7 @@ class Block:
     it starts with          it ends with                          gdb gets
     ======================  ====================================  =========================
     ``@kprobe(...)`` etc.   an empty line                         ``kgdbx script FILE``
-    ``replace FUNC {``      a line that is only ``}``             ``kgdbx replace FUNC FILE``
+    ``replace FUNC {``      the matching ``}``                    ``kgdbx replace FUNC FILE``
     ``python``, ``define``  the matching ``end``                  ``source FILE``
     ``>>>`` with a ``:``    an empty line                         (evaluated)
     anything else           its line, unless that ends in ``\\``    the line
@@ -43,7 +43,7 @@ class Block:
             case "line":
                 return not self.lines[-1].endswith("\\")
             case "c":
-                return len(self.lines) > 1 and self.lines[-1].rstrip() == "}"
+                return sum(line.count("{") - line.count("}") for line in self.lines) <= 0
             case "gdb":
                 return self._depth() == 0
             case _:

@@ -46,7 +46,9 @@ async def run_repl(shell: Shell, *, vi: bool = False) -> int:
     """
     repl = _Repl(shell, vi)
     try:
-        await repl.run()
+        # Also between two prompts: the terminal is not to echo keys, nor to make signals of them.
+        with repl.raw_mode():
+            await repl.run()
     finally:
         await shell.close()
         print(shell.printer.frame(), end="", flush=True)
@@ -85,10 +87,14 @@ class _Repl:
             session.on_change = self._changed
         shell.show_view = self._open_view
 
+    def raw_mode(self) -> contextlib.AbstractContextManager[None]:
+        return self._session.input.raw_mode()
+
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
         helpers = [
             loop.create_task(self._show()),
             loop.create_task(self._refresh()),
@@ -125,6 +131,11 @@ class _Repl:
         if self._view is not None:
             self._view.end()
         self._leave_prompt()
+
+    def _interrupt(self) -> None:
+        # Somebody's kill -INT; the key comes as a key.
+        if self._shell.current is not None:
+            self._shell.current.press_interrupt()
 
     def _leave_prompt(self) -> None:
         app = self._session.app

@@ -11,7 +11,7 @@ __all__ = ("Histogram",)
 class Histogram:
     """Counts values by powers of two, from now on.
 
-    :param probe: name of the probe, or its end; empty for every probe
+    :param probe: a part of the names of probes; empty for every one
     :param field: name of a field, or ``duration_ns``; empty for the first one that is a number
     """
 
@@ -38,7 +38,7 @@ class Histogram:
         }
 
     def _add(self, event: Event) -> None:
-        if self._probe and not event.probe.endswith(self._probe):
+        if self._probe not in event.probe:
             return
         if not self.field:
             self.field = _first_number(event)

@@ -18,7 +18,8 @@ def shell_in(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
         def start(*arguments: str, **settings: Any) -> Terminal:
             argv = [sys.executable, "-m", "kgdbx", "shell", *arguments]
-            environment = {"KGDBX_HISTORY": str(tmp_path / "history")}
+            # ^X^E edits the line with it.
+            environment = {"KGDBX_HISTORY": str(tmp_path / "history"), "EDITOR": "true"}
             return stack.enter_context(Terminal(argv, environment=environment, **settings))
 
         yield start

@@ -15,7 +15,7 @@ CASES = {
     "document": ["document f", "if you read this", "end"],
     "commands": ["commands 1", "silent", "end"],
     "probe": ['@kprobe("vfs_read")', "def f(count):", "    print(count)", ""],
-    "C": ["replace vfs_read {", "long replacement(void) {", "  return 0;", "  }", "}"],
+    "C": ["replace vfs_read {", "long replacement(void)", "{", "return 0;", "}", "}"],
     "drgn": [">>> for t in for_each_task():", "...     print(t.pid)", ""],
 }
 
@@ -38,7 +38,7 @@ def test_files_for_gdb(tmp_path: pathlib.Path) -> None:
 
     assert made("C") == (
         "kgdbx replace vfs_read",
-        "long replacement(void) {\n  return 0;\n  }\n",
+        "long replacement(void)\n{\nreturn 0;\n}\n",
     )
     assert made("nested") == ("source", "\n".join(CASES["nested"]) + "\n")
     command, text = made("probe")
