@@ -8,13 +8,10 @@ from collections.abc import Callable
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import (
     MemoryFault,
-    ProtocolError,
-    TargetError,
     TargetLost,
     TargetTimeout,
     Unsupported,
 )
-from kgdbx.target import stub
 from kgdbx.target.base import (
     DEBUG_REGISTERS,
     IDLE_S,
@@ -27,17 +24,10 @@ from kgdbx.target.base import (
 from kgdbx.target.break_in import BreakIn
 from kgdbx.target.idle import IdleCalls
 from kgdbx.target.kgdb_breakpoints import MAX_SOFTWARE_BREAKPOINTS, KgdbBreakpoints
+from kgdbx.target.kgdb_cpus import KgdbCpus
 from kgdbx.target.kgdb_memory import KgdbMemory
 from kgdbx.target.kgdb_packets import KgdbConnection
 from kgdbx.target.kgdb_state import KgdbState, KgdbSymbols
-from kgdbx.target.kgdb_threads import (
-    KGDB_LAYOUT,
-    PACKET_DIGITS,
-    KgdbRegisters,
-    cpu_of_shadow,
-    shadow_thread,
-    thread_ids,
-)
 from kgdbx.target.serial_line import SerialLine
 
 __all__ = ("KgdbTarget",)
@@ -78,21 +68,17 @@ class KgdbTarget(Target):
         self._answer_s = answer_s
         self._running = False
         self._closed = False
-        self._state: KgdbState | None = None
         self._connection = KgdbConnection(SerialLine(address, answer_s), answer_s)
         self._memory = KgdbMemory(self._connection)
         self._breakpoints = KgdbBreakpoints(self._connection)
-        self._selected: int | None = None  # the CPU whose registers g gives
-        self._packets: dict[int, bytes] = {}  # g packets of this stop
-        self._rip = 0  # what KGDB has for rip of the CPU that stopped
-        self._moved: int | None = None  # where that CPU is to go on, if it is not there
+        self._cpus = KgdbCpus(self._connection, self._memory)
         self._disarm = False  # a CPU may still have a debug register that was removed
         self._by_debug_exception = False
         self._early: bytes | None = None  # a stop reply that came with an acknowledgment
         self._breaks_under_way = False  # a break-in that a breakpoint has overtaken
         try:
             self._synchronize()
-            self._cpus = self._list_cpus()
+            self._cpus.list()
             self._stop = self._stopped(b"S05", resumed_by=b"")
         except BaseException:
             self._connection.close()
@@ -107,10 +93,10 @@ class KgdbTarget(Target):
         return Capabilities(
             hardware_breakpoints=DEBUG_REGISTERS,
             software_breakpoints=MAX_SOFTWARE_BREAKPOINTS,
-            physical_memory=self._state is not None,  # by way of the kernel's direct map
+            physical_memory=self._cpus.state is not None,  # by way of the kernel's direct map
             reads_while_running=False,
             writes_while_running=False,
-            single_cpu_step=self._state is not None,
+            single_cpu_step=self._cpus.state is not None,
             clock_stops=False,
             writes_code=False,  # kernel text is write-protected for M
         )
@@ -130,7 +116,7 @@ class KgdbTarget(Target):
         return self._break_in_way is not None
 
     def cpus(self) -> tuple[int, ...]:
-        return self._cpus
+        return self._cpus.numbers
 
     def use_symbols(self, symbols: KgdbSymbols) -> None:
         """Learn where the kernel's debugger keeps what its packets do not tell; the kernel stands.
@@ -138,11 +124,11 @@ class KgdbTarget(Target):
         From then on every register can be written, a step holds the other CPUs, and memory is read
         ahead. If the kernel was stopped by a breakpoint of a debugger that died, that is undone.
         """
-        self._state = KgdbState(self._memory, symbols)
+        self._cpus.state = KgdbState(self._memory, symbols)
         self._disarm = True  # of a debugger that died, perhaps
-        stale = self._moved is None and self._stop.reason is not StopReason.INTERRUPT
-        if stale and self._state.was_breakpoint(self._rip - 1):
-            self._moved = self._rip - 1
+        stale = self._cpus.moved is None and self._stop.reason is not StopReason.INTERRUPT
+        if stale and self._cpus.state.was_breakpoint(self._cpus.rip - 1):
+            self._cpus.moved = self._cpus.rip - 1
 
     def read_ahead_in(self, *ram: range) -> None:
         """Say which virtual addresses are RAM, of which more may be read than is asked for."""
@@ -176,9 +162,9 @@ class KgdbTarget(Target):
         raise Unsupported("KGDB has no way to flush translations")
 
     def _direct_mapped(self, address: int, size_bytes: int) -> int:
-        if self._state is None:
+        if self._cpus.state is None:
             raise Unsupported(f"KGDB at {self.name} reads virtual memory only")
-        symbols = self._state.symbols
+        symbols = self._cpus.state.symbols
         if address + size_bytes > symbols.ram_end:
             raise MemoryFault(address, size_bytes, physical=True)
         return symbols.direct_map + address
@@ -187,11 +173,7 @@ class KgdbTarget(Target):
 
     def read_registers(self, cpu: int) -> Registers:
         self._require_stopped("registers")
-        values = KgdbRegisters(self._packet(cpu), self._more_registers(cpu))
-        registers = Registers(values)
-        if cpu == self._stop.cpu and self._moved is not None:
-            values["rip"] = self._moved
-        return registers
+        return self._cpus.registers(cpu)
 
     def read_thread(self, pid: int) -> Registers:
         """Registers of a task; of one that sleeps, ``rsp`` and ``rbp`` only.
@@ -199,43 +181,12 @@ class KgdbTarget(Target):
         :raises TargetError: if there is no such task
         """
         self._require_stopped("registers")
-        self._selected = None
-        if self._connection.exchange(b"Hg%x" % pid, _is_ok_or_error)[0] != b"OK":
-            raise TargetError(f"KGDB knows no task {pid}")
-        return Registers(KgdbRegisters(self._read_g()))
+        return self._cpus.thread(pid)
 
     def write_registers(self, cpu: int, registers: Registers) -> None:
         self._require_stopped("registers")
-        changed = registers.changed
-        for name, value in changed.items():
-            if name == "rip" and cpu == self._stop.cpu:
-                self._moved = value
-            elif name in KGDB_LAYOUT.number:
-                self._write_register(cpu, name, value)
-            else:
-                raise Unsupported(f"KGDB does not write {name}")
-
-    def _write_register(self, cpu: int, name: str, value: int) -> None:
-        number = KGDB_LAYOUT.number[name]
-        size = KGDB_LAYOUT.sizes_bytes[number]
-        data = value.to_bytes(size, "little")
-        # KGDB says OK to rsp and leaves it as it is (dbg_set_reg() in arch/x86/kernel/kgdb.c).
-        if name == "rsp" or cpu != self._stop.cpu:
-            if self._state is None:
-                raise Unsupported(
-                    f"KGDB writes no {name} of CPU {cpu}; give it the kernel's symbols"
-                )
-            self._memory.write(self._state.register_address(cpu, name), data)
-        else:
-            self._select(cpu)
-            self._expect_ok(b"P%x=%b" % (number, data.hex().encode()))
-        self._packets.pop(cpu, None)
-
-    def _more_registers(self, cpu: int) -> dict[str, Callable[[], int]]:
-        state = self._state
-        if state is None:
-            return {}
-        return {"gs_base": lambda: state.gs_base(cpu), "cr3": lambda: state.cr3(cpu)}
+        for name, value in registers.changed.items():
+            self._cpus.write(cpu, name, value)
 
     # Breakpoints
 
@@ -243,14 +194,14 @@ class KgdbTarget(Target):
         self._require_stopped("a breakpoint")
         if kind is _SOFTWARE:
             self._breakpoints.insert(kind, address, size_bytes)
-        elif self._state is None:
+        elif self._cpus.state is None:
             raise Unsupported(
                 "KGDB's debug registers can be neither set nor removed for certain without the "
                 "kernel's symbols; use a software breakpoint"
             )
         else:
             self._breakpoints.insert(kind, address, size_bytes)
-            self._state.activate(address, self._cpus)
+            self._cpus.state.activate(address, self._cpus.numbers)
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
@@ -280,8 +231,8 @@ class KgdbTarget(Target):
     def _step(self, cpu: int) -> Stop:
         command = b"s"
         for _ in range(_STEPS):
-            if self._state is not None and command == b"s":
-                self._state.hold_others()
+            if self._cpus.state is not None and command == b"s":
+                self._cpus.state.hold_others()
             self._start(command)
             stop = self._wait_stop(command)
             if stop.cpu == cpu:
@@ -296,12 +247,12 @@ class KgdbTarget(Target):
         code = self._memory.read(registers.rip, 4).lstrip(_PREFIXES)
         if not registers.eflags & _IF or code[0] in _FLAG_CODES:
             return False
-        self._write_register(cpu, "eflags", registers.eflags & ~_IF)
+        self._cpus.write_through(cpu, "eflags", registers.eflags & ~_IF)
         return True
 
     def _unmask_interrupts(self, cpu: int) -> None:
         flags = self.read_registers(cpu).eflags
-        self._write_register(cpu, "eflags", flags & ~_TF | _IF)
+        self._cpus.write_through(cpu, "eflags", flags & ~_TF | _IF)
 
     def resume(self) -> None:
         if not self._running:
@@ -389,25 +340,23 @@ class KgdbTarget(Target):
 
     # Let the kernel go; gives its stop reply if that has come already.
     def _start(self, command: bytes) -> bytes | None:
-        if self._moved is not None and self._moved != self._rip:
+        if self._cpus.moved is not None and self._cpus.moved != self._cpus.rip:
             # The address of where to go on is part of the command (kgdb_arch_handle_exception()).
-            payload = b"%b%x" % (command, self._moved)
+            payload = b"%b%x" % (command, self._cpus.moved)
         else:
             payload = command
         self._forget_debug_registers()
         early = self._early = self._connection.start(payload)
         self._running = True
-        self._moved = None
-        self._selected = None
-        self._packets.clear()
+        self._cpus.forget()
         self._memory.forget()
         return early
 
     def _forget_debug_registers(self) -> None:
         # The CPU that stopped by one takes its DR7 back from where nobody sees it: another stop
         # is needed.
-        if self._disarm and self._state is not None:
-            self._state.forget_debug_registers(self._cpus)
+        if self._disarm and self._cpus.state is not None:
+            self._cpus.state.forget_debug_registers(self._cpus.numbers)
             self._disarm = self._by_debug_exception
 
     def _wait_stop(self, command: bytes) -> Stop:
@@ -434,12 +383,12 @@ class KgdbTarget(Target):
         self._running = False
         self._early = None
         signal = int(packet[1:3], 16)
-        cpu = self._find_cpu(packet)
-        rip = self._rip = KGDB_LAYOUT.unpack(self._packet(cpu))["rip"]
+        self._cpus.at_stop(packet)
+        rip = self._cpus.rip
         reason, address = StopReason.SIGNAL, None
         if self._breakpoints.is_at(_SOFTWARE, rip - 1):
             reason = StopReason.TRAP
-            self._moved = rip - 1  # int3 is reported behind itself
+            self._cpus.moved = rip - 1  # int3 is reported behind itself
         elif signal != 5:
             pass
         elif self._breakpoints.is_at(_HARDWARE, rip) or resumed_by == b"s":
@@ -450,33 +399,9 @@ class KgdbTarget(Target):
             reason = StopReason.WATCHPOINT
         else:
             reason = StopReason.TRAP
-        self._by_debug_exception = reason in _BY_EITHER and self._moved is None
-        self._stop = Stop(cpu, reason, address, signal)
+        self._by_debug_exception = reason in _BY_EITHER and self._cpus.moved is None
+        self._stop = Stop(self._cpus.stopped, reason, address, signal)
         return self._stop
-
-    def _find_cpu(self, packet: bytes) -> int:
-        self._packets.clear()
-        self._selected = None
-        thread = packet[3:].partition(b"thread:")[2].rstrip(b";")
-        shadow = cpu_of_shadow(int(thread, 16)) if thread else None
-        if len(self._cpus) == 1:
-            cpu = self._cpus[0]
-        elif shadow is not None:
-            cpu = shadow
-        elif self._state is not None:
-            cpu = self._state.active_cpu()
-        else:
-            return self._compare_registers()
-        self._selected = cpu  # g is about the CPU that stopped, until another one is asked for
-        return cpu
-
-    def _compare_registers(self) -> int:
-        # The task is told and not the CPU: it is the one whose registers are those of the task.
-        found = self._read_g()
-        for cpu in self._cpus:
-            if self._packet(cpu) == found:
-                return cpu
-        raise ProtocolError(f"KGDB at {self.name} stopped on none of its CPUs")
 
     def close(self, *, resume: bool = True) -> None:
         if self._closed:
@@ -513,8 +438,8 @@ class KgdbTarget(Target):
             self._ask_for_stop()
             self._forget_debug_registers()
         # D has no address to go on at, and KGDB lets the kernel run when its OK is acknowledged.
-        if self._moved is not None and self._moved != self._rip:
-            self._write_register(self._stop.cpu, "rip", self._moved)
+        if self._cpus.moved is not None and self._cpus.moved != self._cpus.rip:
+            self._cpus.write_through(self._stop.cpu, "rip", self._cpus.moved)
         self._connection.exchange(b"D", _is_ok_or_error)
         self._connection.acknowledge()
         self._running = True
@@ -546,35 +471,6 @@ class KgdbTarget(Target):
         except TargetTimeout:
             return False
         return True
-
-    def _list_cpus(self) -> tuple[int, ...]:
-        reply = self._connection.read(b"qfThreadInfo", lambda reply: reply[:1] == b"m")
-        cpus = (cpu_of_shadow(thread) for thread in thread_ids(reply))
-        return tuple(sorted(cpu for cpu in cpus if cpu is not None)) or (0,)
-
-    def _packet(self, cpu: int) -> bytes:
-        packet = self._packets.get(cpu)
-        if packet is None:
-            self._select(cpu)
-            packet = self._packets[cpu] = self._read_g()
-        return packet
-
-    def _read_g(self) -> bytes:
-        return stub.decode_hex(
-            self._connection.read(b"g", lambda reply: len(reply) == PACKET_DIGITS)
-        )
-
-    def _select(self, cpu: int) -> None:
-        if cpu != self._selected:
-            if cpu not in self._cpus:
-                raise Unsupported(f"there is no CPU {cpu}; there are {len(self._cpus)}")
-            self._expect_ok(b"Hg" + shadow_thread(cpu))
-            self._selected = cpu
-
-    def _expect_ok(self, packet: bytes) -> None:
-        reply, _ = self._connection.exchange(packet, _is_ok_or_error)
-        if reply != b"OK":
-            raise ProtocolError(f"KGDB answers {reply!r} to {packet!r}")
 
     def _memory_or_nothing(self, address: int, size_bytes: int) -> bytes:
         with contextlib.suppress(MemoryFault):

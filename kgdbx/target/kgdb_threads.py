@@ -64,34 +64,46 @@ def thread_ids(reply: bytes) -> list[int]:
 class KgdbRegisters(MutableMapping[str, int]):
     """Registers of one thread, with those alone that KGDB knows.
 
-    :param packet: the bytes of a ``g`` packet
-    :param more: registers that are not in it, looked up when they are asked for
-    :ivar sleeping: whether it is a task that does not run, of which little is known
+    Over a serial line a ``g`` packet takes its time, and most hits need but ``rip``.
+
+    :param load: gives the bytes of a ``g`` packet, when a register of it is asked for
+    :param rip: its value, if it is known without
+    :param more: registers that are not in the packet, looked up when they are asked for
     """
 
-    def __init__(self, packet: bytes, more: Mapping[str, Callable[[], int]] | None = None) -> None:
-        self._packet = packet
-        self._values = KGDB_LAYOUT.unpack(packet)
+    def __init__(
+        self,
+        load: Callable[[], bytes],
+        rip: int | None = None,
+        more: Mapping[str, Callable[[], int]] | None = None,
+    ) -> None:
+        self._load = load
         self._more = dict(more or {})
-        self.sleeping = self._values["rip"] == 0
+        self._loaded: MutableMapping[str, int] | None = None
+        self._known = {} if rip is None else {"rip": rip}
+        self._sleeping = False
 
     def __getitem__(self, name: str) -> int:
-        if not self._has(name):
-            if name not in self._more:
-                raise KeyError(name)
+        if name in self._known:
+            return self._known[name]
+        if name in self._more:
             return self._more[name]()
-        return self._values[name]
+        if not self._has(name):
+            raise KeyError(name)
+        return self._values()[name]
 
     def __setitem__(self, name: str, value: int) -> None:
         if not self._has(name):
             raise KeyError(name)
-        self._values[name] = value
+        self._known[name] = value
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("a register cannot be deleted")
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (self._has(name) or name in self._more)
+        return name in self._known or (
+            isinstance(name, str) and (name in self._more or self._has(name))
+        )
 
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in KGDB_LAYOUT.names if self._has(name))
@@ -101,12 +113,22 @@ class KgdbRegisters(MutableMapping[str, int]):
         return sum(1 for _ in self)
 
     def __copy__(self) -> "KgdbRegisters":
-        other = KgdbRegisters(self._packet, self._more)
-        for name in KGDB_LAYOUT.names:
-            if self._has(name):
-                other._values[name] = self._values[name]
+        values = self._values()  # the copy may outlive the stop
+        other = KgdbRegisters(self._load, None, self._more)
+        other._loaded, other._sleeping = values, self._sleeping
+        other._known = dict(self._known)
         return other
 
     def _has(self, name: str) -> bool:
-        known = _SLEEPING if self.sleeping else KGDB_LAYOUT.number
-        return name in known and name not in _NEVER
+        if name not in KGDB_LAYOUT.number or name in _NEVER:
+            return False
+        # A task that runs has an address.
+        if not self._known.get("rip"):
+            self._values()
+        return not self._sleeping or name in _SLEEPING
+
+    def _values(self) -> MutableMapping[str, int]:
+        if self._loaded is None:
+            self._loaded = KGDB_LAYOUT.unpack(self._load())
+            self._sleeping = self._loaded["rip"] == 0
+        return self._loaded
