@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kgdbx.errors import CommandError
 from kgdbx.leaks.blocks import Block, Heap
@@ -18,7 +17,7 @@ from kgdbx.leaks.slab import ALLOCATED
 
 __all__ = ("Growth", "ModuleRange", "Snapshot", "growth_since", "read_snapshot", "take_snapshot")
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_BLOCKS = 1 << 28
 _MOST_HEADER = 1 << 24
 _MOST_MODULES = 10000
@@ -61,19 +60,23 @@ class Snapshot:
 
     :ivar build_id: of the kernel
     :ivar addresses: guest-virtual, ascending
+    :ivar sizes: bytes of each
     :ivar usage: of each cache
     :ivar modules: that were loaded
     """
 
     build_id: str
     addresses: U64
+    sizes: U64
     usage: tuple[CacheUsage, ...]
     modules: tuple[ModuleRange, ...]
 
     def holds(self, block: Block) -> bool:
-        """Whether there was a block at the same address. It may have been another one."""
+        """Whether there was a block of this size at its address. It may have been another one."""
         row = int(np.searchsorted(self.addresses, np.uint64(block.address)))
-        return row < len(self.addresses) and int(self.addresses[row]) == block.address
+        if row == len(self.addresses) or int(self.addresses[row]) != block.address:
+            return False
+        return int(self.sizes[row]) == block.size_bytes
 
     def write(self, path: Path) -> None:
         """Write it to a file, whole or not at all."""
@@ -90,6 +93,7 @@ class Snapshot:
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
             file.writestr("header.json", json.dumps(header))
             file.writestr("addresses", steps.astype("<u8").tobytes())
+            file.writestr("sizes", self.sizes.astype("<u8").tobytes())
         scratch.rename(path)
 
 
@@ -100,8 +104,11 @@ def take_snapshot(heap: Heap) -> Snapshot:
         ModuleRange(m.name, tuple((at, size) for at, size, init in m.regions if not init))
         for m in heap.kernel.modules
     )
-    addresses = np.sort(heap.addresses(nodes))
-    return Snapshot(heap.kernel.vmlinux.build_id, addresses, cache_usage(heap), modules)
+    addresses = heap.addresses(nodes)
+    order = np.argsort(addresses, kind="stable")
+    sizes = heap.sizes(nodes)[order].astype(np.uint64)
+    build_id = heap.kernel.vmlinux.build_id
+    return Snapshot(build_id, addresses[order], sizes, cache_usage(heap), modules)
 
 
 def read_snapshot(path: Path, build_id: str) -> Snapshot:
@@ -114,7 +121,8 @@ def read_snapshot(path: Path, build_id: str) -> Snapshot:
         with zipfile.ZipFile(path) as file:
             header = json.loads(_member(file, "header.json", _MOST_HEADER))
             steps = np.frombuffer(_member(file, "addresses", 8 * _MOST_BLOCKS), "<u8")
-        snapshot = _snapshot(header, np.cumsum(steps, dtype=np.uint64))
+            sizes = np.frombuffer(_member(file, "sizes", 8 * _MOST_BLOCKS), "<u8")
+        snapshot = _snapshot(header, np.cumsum(steps, dtype=np.uint64), sizes)
     except FileNotFoundError:
         raise CommandError(f"there is no mark {path.stem!r}; make one: leaks mark") from None
     except _DAMAGED as e:
@@ -146,11 +154,13 @@ def _member(file: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
     return data
 
 
-def _snapshot(header: Any, addresses: npt.NDArray[np.uint64]) -> Snapshot:
+def _snapshot(header: Any, addresses: U64, sizes: U64) -> Snapshot:
     if not isinstance(header, dict) or header["format"] != _FORMAT:
         raise ValueError("another format")
     if len(header["modules"]) > _MOST_MODULES:
         raise ValueError("too many modules")
+    if len(addresses) != len(sizes):
+        raise ValueError("sizes of some blocks are missing")
     if len(addresses) > 1 and not bool((addresses[1:] >= addresses[:-1]).all()):
         raise ValueError("addresses are out of order")
     usage = tuple(CacheUsage(str(n), int(c), int(s)) for n, c, s in header["usage"])
@@ -158,7 +168,7 @@ def _snapshot(header: Any, addresses: npt.NDArray[np.uint64]) -> Snapshot:
         ModuleRange(str(name), tuple((_address(a), _address(s)) for a, s in ranges))
         for name, ranges in header["modules"]
     )
-    return Snapshot(str(header["build_id"]), addresses, usage, modules)
+    return Snapshot(str(header["build_id"]), addresses, sizes, usage, modules)
 
 
 def _address(value: Any) -> int:

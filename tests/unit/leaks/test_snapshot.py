@@ -14,6 +14,7 @@ ADDRESSES = np.array([0x1000, 0x2000, 0xFFFF888000001000], np.uint64)
 SNAPSHOT = Snapshot(
     "abc",
     ADDRESSES,
+    np.array([64, 64, 64], np.uint64),
     (CacheUsage("kmalloc-64", 2, 128),),
     (ModuleRange("dummy", ((0xFFFFFFFFC0000000, 8192),)),),
 )
@@ -28,6 +29,8 @@ def test_round_trip(tmp_path: Path) -> None:
     SNAPSHOT.write(path)
     again = read_snapshot(path, "abc")
     assert again.addresses.tolist() == ADDRESSES.tolist()
+    assert again.sizes.tolist() == [64, 64, 64]
+    assert not again.holds(Block(0, BlockKind.PAGES, "pages", 0x2000, 4096))
     assert (again.usage, again.modules) == (SNAPSHOT.usage, SNAPSHOT.modules)
     assert [again.holds(block(a)) for a in (0x2000, 0x2001, 0xFFFF888000001000, 1 << 64 - 1)] == [
         True,
