@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -65,3 +66,37 @@ def test_an_audit_fails_for_what_leaks_and_passes_for_what_does_not(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("PASS: watch_cases on 6.1.0-")
     assert "4 allocations, 0 possible leaks, 0 unallocated frees (watch)" in done.stdout
+
+
+def test_watch_obeys_its_standard_input(clone_of: Callable[..., Vm]) -> None:
+    path = build_kmod("6.1", "watch_cases")
+    vm = clone_of("6.1", 2, files={"/watch_cases.ko": path})
+    argv = ["leaks", "watch", "watch_cases", "--vm", vm.info.name, "--stdin", "--json"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "kgdbx", *argv, "--ko", str(path)]
+    with subprocess.Popen(command, **pipes, text=True) as watch:
+        assert watch.stdin is not None and watch.stdout is not None and watch.stderr is not None
+
+        def order(text: str) -> None:
+            watch.stdin.write(text)
+            watch.stdin.flush()
+
+        try:
+            order("flush\n")
+            assert watch.stderr.readline() == "kgdbx: no module was loaded yet\n"
+            vm.execute("insmod /watch_cases.ko mode=calls", timeout_s=60)
+            order("flush\n")
+            told = json.loads(watch.stdout.readline())
+            assert (told["allocations"], told["leaks"]) == (2, 1)
+            assert told["findings"][0]["message"] == "1 block of 80 bytes not freed yet"
+            order("clear\nflush\n")
+            told = json.loads(watch.stdout.readline())
+            assert (told["allocations"], told["leaks"]) == (0, 0)
+            vm.execute("rmmod watch_cases", timeout_s=60)
+            told = json.loads(watch.stdout.readline())
+            assert (told["leaks"], told["unallocated_frees"]) == (0, 1)
+            assert told["findings"][0]["stack"][1]["text"].startswith("watch_cases_exit+")
+            watch.send_signal(signal.SIGINT)
+            assert watch.wait(60) == 1
+        finally:
+            watch.kill()
