@@ -4,7 +4,8 @@ import codeop
 import contextlib
 from collections.abc import Callable
 
-from prompt_toolkit.filters import Condition, completion_is_selected
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, completion_is_selected, has_focus
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from kgdbx.shell.blocks import split_commands
@@ -42,6 +43,7 @@ def bindings(shell: Shell, run_line: Callable[[str], None]) -> KeyBindings:
     :param run_line: called with a line that a key stands for
     """
     keys = KeyBindings()
+    at_line = has_focus(DEFAULT_BUFFER)  # not in a search
 
     @keys.add("enter", filter=completion_is_selected)
     def take_completion(event: KeyPressEvent) -> None:
@@ -49,11 +51,11 @@ def bindings(shell: Shell, run_line: Callable[[str], None]) -> KeyBindings:
         if buffer.complete_state is not None and buffer.complete_state.current_completion:
             buffer.apply_completion(buffer.complete_state.current_completion)
 
-    @keys.add("enter", filter=Condition(lambda: _waits_for_more(shell)))
+    @keys.add("enter", filter=at_line & Condition(lambda: _waits_for_more(shell)))
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline()
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=at_line)
     def interrupt(event: KeyPressEvent) -> None:
         # The line first, as in any shell; an empty one means the kernel.
         session = shell.current

@@ -105,6 +105,8 @@ class _Repl:
                 if self._view is not None:
                     await self._show_view(self._view)
                     continue
+                # A search that was under way when the prompt went would keep the focus.
+                self._session.layout.focus(self._session.default_buffer)
                 try:
                     text = await self._session.prompt_async(default=self._typed)
                 except EOFError:
@@ -171,7 +173,7 @@ class _Repl:
 
     def _run_line(self, line: str) -> None:
         # Of a key: one that is pressed again and again is not to be worked off for minutes.
-        if not self._lines:
+        if all(block.text != line for block in self._lines):
             self._lines.append(Block(line))
             self._something.set()
 

@@ -54,7 +54,7 @@ def take(t: Terminal, directory: Path, vm: Vm) -> None:
     t.type("kprobe vfs_wri")
     t.wait("vfs_writev")
     t.wait("ssize_t vfs_write(")
-    picture("events", "Events above the prompt, which keeps what is being typed")
+    picture("events", "Events above the prompt, which completes a function meanwhile")
     t.type("\x15")
     load = vm.start("while true; do wc /proc/version /proc/meminfo /etc/hostname > /dev/null; done")
     t.type("\x15top\r")
