@@ -247,7 +247,7 @@ class ProbeManager:
             site = None if next_site is site else next_site
 
     def _run_site(self, site: Site, hit: Hit) -> None:
-        if site.left_standing.pop(hit.cpu, None) == hit.regs.rsp:
+        if site.left_standing and site.left_standing.pop(hit.cpu, None) == hit.regs.rsp:
             site.execute_displaced(hit, None)
             return
         site.hits += 1
