@@ -10,6 +10,7 @@ from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session, open_ram
 from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.serial_line import is_tty
 
 __all__ = ("connect",)
 
@@ -20,6 +21,10 @@ def connect(where: str, vmlinux: str | None) -> Session:
     :param where: VM name, socket or ``host:port``; empty for the connection that gdb has
     :raises CommandError: if it is not clear what to attach to
     """
+    if where.startswith("kgdb:") or (where and is_tty(where)):
+        raise CommandError(
+            "kgdbx inside gdb goes by QEMU's stub; over KGDB's serial line use: kgdbx probe --kgdb"
+        )
     info = find_vm(where).info if where and "/" not in where and ":" not in where else None
     path = _vmlinux(vmlinux, info)
     if where:

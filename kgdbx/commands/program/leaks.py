@@ -161,7 +161,9 @@ def _open(args: argparse.Namespace) -> Session:
     session = open_session(args)
     if session.ram is None:
         session.close()
-        raise Unsupported("this needs the memory of a VM of ours, or a core file: --vm or --core")
+        raise Unsupported(
+            "this needs the memory of a VM of ours, without --kgdb, or a core file: --vm or --core"
+        )
     return session
 
 
