@@ -128,15 +128,20 @@ class KgdbConnection:
         while True:
             self._send(payload)
             kind, packet = self._token(self._retry_end(deadline))
+            while kind == b"!" and time.monotonic() < deadline:
+                # It may be the next stop already.
+                self._note_error()
+                self._ask_again()
+                kind, packet = self._token(self._retry_end(deadline))
             if kind == _ACK:
                 return None
-            if packet[:1] == b"T":
+            if kind == b"$" and packet[:1] == b"T":
                 self._unacknowledged = True
                 return packet  # there was no stop before this that was not answered
             self._note_error()
             # Was it lost, or the acknowledgment? KGDB answers if it still waits for commands.
             # If not, it finds the question at its next stop, and drops it.
-            if kind == b"" and not self._still_stopped():
+            if kind != _NAK and not self._still_stopped():
                 return self._late_stop
             if time.monotonic() >= deadline:
                 raise TargetTimeout(f"KGDB does not take {payload!r}")
