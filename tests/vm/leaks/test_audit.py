@@ -40,6 +40,7 @@ def test_an_audit_fails_for_what_leaks_and_passes_for_what_does_not(
     leaks = [f for f in told["findings"] if f["rule"] == "leak"]
     sizes = sorted(block["size"] for leak in leaks for block in leak["blocks"])
     assert sizes == [40, 40, 40, 32768]
+    assert all(len(leak["stack"]) > 4 for leak in leaks), leaks
     # What nothing points to is told of once.
     found = [block["address"] for f in told["findings"] for block in f["blocks"]]
     assert len(found) == len(set(found))
