@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import shlex
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.shell.gdb_process import GdbProcess, Reply
 from kgdbx.shell.records import Record
+from kgdbx.shell.vm_watch import VmWatch
 from kgdbx.shell.words import changes_kernel, kgdbx_command
 
 __all__ = ("KernelSession", "State")
@@ -51,7 +51,8 @@ class KernelSession:
         self._executing = 0
         self._one_at_a_time = asyncio.Lock()
         self._registered: list[tuple[set[str], str]] = []
-        self._watch_fd = -1
+        self._watch: VmWatch | None = None
+        self._closing = False
         self._waiting: list[asyncio.Event] = []
 
     @property
@@ -96,7 +97,11 @@ class KernelSession:
                 await self._process.end()
                 raise TargetLost(f"cannot attach to {self.where}: {reply.error}")
         self._set_state("stopped" if self.where else "detached")
-        self._watch()
+        if self.info is not None:
+            try:
+                self._watch = VmWatch(self.info, self._on_vm_end)
+            except ProcessLookupError:
+                self._on_vm_end()
         await self.refresh()
 
     async def reopen(self, where: str = "") -> list[str]:
@@ -106,8 +111,7 @@ class KernelSession:
         :return: what could not be placed again
         """
         again = self._to_place_again()
-        self._unwatch()
-        await self._process.end()
+        await self._end()
         self._process = self._new_process()
         self.where = where or self.where
         await self.open()  # if it fails, what is to be placed is still known
@@ -121,13 +125,21 @@ class KernelSession:
 
     async def close(self) -> None:
         """Remove the probes, let the kernel run on, and end gdb."""
-        self._unwatch()
+        self._closing = True
         with contextlib.suppress(KgdbxError):
             if self.alive and self.state == "running":
                 await self.interrupt()
             if self.alive and self.state == "stopped":
                 await self._console("kgdbx detach")
+        await self._end()
+
+    async def _end(self) -> None:
+        # Its end is wanted: nothing is said of it.
+        self._closing = True
+        if self._watch is not None:
+            self._watch.stop()
         await self._process.end()
+        self._closing = False
 
     # Commands
 
@@ -288,7 +300,7 @@ class KernelSession:
             self._set_state("lost")
 
     def _on_exit(self, process: GdbProcess, status: int) -> None:
-        if process is self._process and self._watch_fd != -2:
+        if process is self._process and not self._closing:
             self._show(f"kgdbx: gdb of {self.name} has ended with status {status}; ", False)
             self._show("'reopen' starts it again, with its probes\n", False)
             self._set_state("lost")
@@ -300,21 +312,7 @@ class KernelSession:
                 each.set()
             self.on_change()
 
-    # The VM's end is noticed at once, whatever gdb does.
-
-    def _watch(self) -> None:
-        if self.info is not None:
-            self._watch_fd = os.pidfd_open(self.info.pid)
-            asyncio.get_running_loop().add_reader(self._watch_fd, self._on_vm_end)
-
-    def _unwatch(self) -> None:
-        if self._watch_fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._watch_fd)
-            os.close(self._watch_fd)
-        self._watch_fd = -2
-
     def _on_vm_end(self) -> None:
-        self._unwatch()
         self._show(
             f"kgdbx: VM {self.where} has ended; 'reopen VM' goes on with another one\n", False
         )
