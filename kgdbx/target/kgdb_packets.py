@@ -230,6 +230,9 @@ class KgdbConnection:
         self._late_stop = None
         self._send(_ALIVE)
         reply = self._reply(time.monotonic() + _RETRY_S)
+        if reply is not None and reply.startswith(b"T"):
+            # The acknowledgment before it was a late one, of what let the kernel run.
+            self._late_stop = reply
         return self._late_stop is None and reply is not None and reply.startswith(b"QC")
 
     # As _token(), but what has come in part, and does not go on, is damaged.

@@ -139,3 +139,9 @@ def test_half_a_stop_is_asked_for_again(attach: Attach) -> None:
     connection = attach([(framed(b"c"), b"+$T05thr"), (b"-", framed(stop))])
     assert connection.start(b"c") is None
     assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
+
+
+def test_an_acknowledgment_that_comes_late_and_the_next_stop(attach: Attach) -> None:
+    stop = b"T05thread:01;"
+    connection = attach([(framed(b"c"), b""), (framed(b"qC"), b"+" + framed(stop) + b"-")])
+    assert connection.start(b"c") == stop
