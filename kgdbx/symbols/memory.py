@@ -9,6 +9,7 @@ __all__ = ("KernelMemory", "read_mapped")
 
 _IMAGE_MAP = 0xFFFFFFFF80000000  # __START_KERNEL_map, Documentation/x86/x86_64/mm.rst
 _DIRECT_MAP = 0xFFFF888000000000  # __PAGE_OFFSET_BASE_L4, when the kernel has no variable for it
+_CR3_PCID = 0xFFF
 _CR3_PCID_AND_PTI = 0x1FFF  # PCID in bits 0-11, the user half of a PTI pair in bit 12
 _CR4_LA57 = 1 << 12
 _USER_MODE = 3  # CPL, in the low bits of cs
@@ -39,6 +40,9 @@ class KernelMemory:
         self._direct_end = 0
         self._page_table = 0
         self._levels = 4
+        # Without page-table isolation there are no pairs, and bit 12 is part of the address.
+        pairs = bool(vmlinux.lookup("pti_init"))
+        self._not_in_cr3 = _CR3_PCID_AND_PTI if pairs else _CR3_PCID
 
     @property
     def phys_base(self) -> int:
@@ -108,7 +112,7 @@ class KernelMemory:
         """
         if cr3 is None or not self._target.capabilities.physical_memory:
             return self._target.read_memory(address, size_bytes)
-        return self._walk(cr3 & ~_CR3_PCID_AND_PTI, address, size_bytes)
+        return self._walk(cr3 & ~self._not_in_cr3, address, size_bytes)
 
     def read_u64(self, address: int) -> int:
         """Read an unsigned 64-bit integer."""
