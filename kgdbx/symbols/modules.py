@@ -67,9 +67,18 @@ class Modules:
         self._with_debug_info: dict[tuple[str, int], bool] = {}
 
     def __iter__(self) -> Iterator[LoadedModule]:
+        """Newest first.
+
+        :raises SymbolError: if the list is damaged and leads back into itself
+        """
         head = self._program["modules"].address_of_()
+        seen: set[int] = set()
         for module in drgn.helpers.linux.list.list_for_each_entry("struct module", head, "list"):
-            yield self.at(module.value_())
+            address = module.value_()
+            if address in seen:
+                raise SymbolError(f"the kernel's list of modules is damaged: {address:#x} twice")
+            seen.add(address)
+            yield self.at(address)
 
     def at(self, struct_address: int) -> LoadedModule:
         """The module of a ``struct module *``, also while it is being loaded."""
