@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,7 @@ Tier: TypeAlias = Literal["auto", "resident", "stop"]
 _NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
 
 _GLOB_LIMIT = 500
+_DRAIN_S = 0.25
 
 
 class Refused(KgdbxError):
@@ -461,16 +463,28 @@ class Session:
         self, done: threading.Event, deadline: float | None, command: GuestCommand | None
     ) -> Stop | None:
         while not done.is_set():
-            remaining = None if deadline is None else deadline - time.monotonic()
-            if remaining is not None and remaining <= 0:
+            now = time.monotonic()
+            end = math.inf if deadline is None else deadline
+            if end <= now:
                 break
+            # Where the guest's memory can be read at stops only, it is stopped to be read.
+            until = min(end, now + _DRAIN_S) if self._drains_at_stops else end
+            remaining = None if until == math.inf else until - now
             stop = self.target.run(self.probes.on_stop, remaining, self._beside)
             self._events.raise_error()
             if stop is not None:
                 return stop
-            if command is None or command.poll() is not None:
+            if command is not None and command.poll() is not None:
                 break
+            if command is None and not until <= time.monotonic() < end:
+                break
+            if self._drains_at_stops:
+                self._idle()
         return None
+
+    @property
+    def _drains_at_stops(self) -> bool:
+        return self.resident.engine.is_open and not self.target.capabilities.reads_while_running
 
     def poll(self, budget_s: float | None = None) -> bool:
         """Hand out what was recorded since; for faces whose kernel runs without :meth:`run`.
@@ -618,6 +632,8 @@ class Session:
 
     def _take_resident(self, deadline: float | None = None) -> bool:
         # What was recorded in the guest: the order is kept with what is handled at stops.
+        if self._drains_at_stops and self.target.running:
+            return False
         events = self.resident.events(final=not self.target.running)
         late = False
         while not (late or self.limit_reached) and (event := next(events, None)) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kgdbx.machine.vm import Vm
 from kgdbx.probes.definition import parse_definition
 from kgdbx.probes.event import Event
 from kgdbx.session import Session
@@ -163,3 +164,30 @@ def test_full_rings(guest_of: GuestOf) -> None:
         assert probe.hits == back.hits == 40009
         assert lost + len(events) == 2 * 40009
         assert [e.ts_ns for e in events] == sorted(e.ts_ns for e in events)
+
+
+def test_over_a_stub_alone(vm: Vm) -> None:
+    # A QEMU that others started: its RAM cannot be mapped, and is read at stops.
+    with Session.connect(str(vm.info.gdb_socket), str(vm.info.vmlinux)) as session:
+        assert not session.target.capabilities.reads_while_running
+        start, end = (session.kernel.address(name) for name in ("_text", "_etext"))
+        before = session.kernel.memory.read(start, end - start)
+        events: list[Event] = []
+        session.event_listeners.append(events.append)
+        session.define(f"p:in {CALL} $comm", tier="resident")
+        session.define(f"r:out {CALL} $retval", tier="resident")
+        session.run(command=vm.start("caller 4 1009"), timeout_s=60)
+        assert Counter(e.probe for e in events) == {"kprobes/in": 1009, "kprobes/out": 1009}
+        assert {e.fields["$comm"] for e in events if e.kind == "p"} == {
+            f"caller-{n}" for n in range(4)
+        }
+        # Nothing ends this run but the clock, and calls that are far apart are told while it lasts.
+        del events[:]
+        sleeper = vm.start("caller 1 7")
+        session.run(count=14, timeout_s=60)
+        assert len(events) == 14
+        assert sleeper.wait(60).output.startswith("7 ")
+        for probe in reversed(tuple(session.probes)):
+            probe.unregister()
+        session.resident.close()
+        assert session.kernel.memory.read(start, end - start) == before
