@@ -124,9 +124,9 @@ class Kernel:
         """Whether a CPU has called ``panic()``: ``panic_cpu`` of kernel/panic.c is set there.
 
         Linux kernel commit 1717f2096b54 ("panic, x86: Fix re-entrance problem due to panic on
-        NMI") (in v4.5); an older kernel never says so.
+        NMI") (in v4.5); an older kernel never says so, nor one without its final page tables.
         """
-        address = self._panic_cpu
+        address = self._panic_cpu if self.memory.booted else None
         return address is not None and self.memory.read(address, 4) != _PANIC_CPU_INVALID
 
     @functools.cached_property
