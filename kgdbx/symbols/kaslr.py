@@ -2,7 +2,7 @@
 
 from kgdbx.errors import BuildIdMismatch, MemoryFault, SymbolError
 from kgdbx.symbols.elf import ElfSymbols, build_id_from_notes
-from kgdbx.symbols.memory import read_mapped
+from kgdbx.symbols.memory import MappedMemory
 from kgdbx.target.base import BreakpointKind, Target
 
 __all__ = ("check_build_id", "find_slide", "run_to_kernel_entry")
@@ -29,11 +29,12 @@ def find_slide(target: Target, vmlinux: ElfSymbols) -> int | None:
     expected = vmlinux.read(banner, 256).split(b"\0")[0]
     slides: list[int] = [*_likely_slides(target, vmlinux), *_slides()]
     for cpu in target.cpus():
+        memory = MappedMemory(target, cpu)
         for slide in slides:
             try:
-                if read_mapped(target, cpu, banner + slide, len(_BANNER)) != _BANNER:
+                if memory.read(banner + slide, len(_BANNER)) != _BANNER:
                     continue
-                if read_mapped(target, cpu, banner + slide, len(expected)) == expected:
+                if memory.read(banner + slide, len(expected)) == expected:
                     return slide
             except MemoryFault:
                 continue
@@ -105,7 +106,7 @@ def _likely_slides(target: Target, vmlinux: ElfSymbols) -> list[int]:
 def _read_anywhere(target: Target, address: int, size_bytes: int) -> bytes:
     for cpu in target.cpus():
         try:
-            return read_mapped(target, cpu, address, size_bytes)
+            return MappedMemory(target, cpu).read(address, size_bytes)
         except MemoryFault:
             continue
     raise MemoryFault(address, size_bytes)
@@ -116,9 +117,10 @@ def _scan_build_id(target: Target) -> str:
     # that is not inside an ELF image, which would be the vDSO.
     for cpu in target.cpus():
         data = bytearray()
+        memory = MappedMemory(target, cpu)
         for address in range(_IMAGE_START, _IMAGE_END, _SCAN_BYTES):
             try:
-                data += read_mapped(target, cpu, address, _SCAN_BYTES)
+                data += memory.read(address, _SCAN_BYTES)
             except MemoryFault:
                 if data:
                     break

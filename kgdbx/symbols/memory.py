@@ -1,11 +1,14 @@
 """Kernel and user memory by virtual address, running or stopped, over any target."""
 
+import functools
+
 from kgdbx.arch import paging
+from kgdbx.arch.registers import Registers
 from kgdbx.errors import MemoryFault, Unsupported
 from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.target.base import Target
 
-__all__ = ("KernelMemory", "read_mapped")
+__all__ = ("KernelMemory", "MappedMemory")
 
 _IMAGE_MAP = 0xFFFFFFFF80000000  # __START_KERNEL_map, Documentation/x86/x86_64/mm.rst
 _DIRECT_MAP = 0xFFFF888000000000  # __PAGE_OFFSET_BASE_L4, when the kernel has no variable for it
@@ -198,7 +201,7 @@ class KernelMemory:
         address = self._vmlinux.address(name) + self._slide
         for cpu in self._target.cpus():
             try:
-                return read_mapped(self._target, cpu, address, size_bytes)
+                return MappedMemory(self._target, cpu).read(address, size_bytes)
             except MemoryFault:
                 continue
         raise MemoryFault(address, size_bytes)
@@ -207,31 +210,47 @@ class KernelMemory:
         return int.from_bytes(self._stub_read(name, 8), "little")
 
 
-def read_mapped(target: Target, cpu: int, address: int, size_bytes: int) -> bytes:
-    """Read kernel virtual memory by what a vCPU has mapped, before more is known of the kernel.
+class MappedMemory:
+    """Kernel virtual memory by what a vCPU has mapped, before more is known of the kernel.
 
     A vCPU in user mode may have next to nothing of it mapped (page-table isolation): then the
-    kernel's half of its pair of page tables is looked at.
-
-    :raises MemoryFault: if any byte is not mapped
+    kernel's half of its pair of page tables is looked at. For one stop of the kernel.
     """
-    try:
-        return target.read_memory(address, size_bytes, cpu=cpu)
-    except MemoryFault:
-        registers = target.read_registers(cpu)
+
+    def __init__(self, target: Target, cpu: int) -> None:
+        self._target = target
+        self._cpu = cpu
+
+    @functools.cached_property
+    def _registers(self) -> Registers:
+        return self._target.read_registers(self._cpu)
+
+    @functools.cached_property
+    def _walks(self) -> bool:
+        registers = self._registers
         in_user_mode = "cr3" in registers and registers.cs & _USER_MODE
-        if not (in_user_mode and target.capabilities.physical_memory):
-            raise
-    levels = 5 if registers.cr4 & _CR4_LA57 else 4
-    data = bytearray()
-    while len(data) < size_bytes:
-        at = address + len(data)
-        page = paging.translate(
-            lambda physical: int.from_bytes(target.read_physical(physical, 8), "little"),
-            registers.cr3 & ~_CR3_PCID_AND_PTI,
-            at,
-            levels,
-        )
-        size = min(size_bytes - len(data), 0x1000 - (at & 0xFFF))
-        data += target.read_physical(page.physical_address, size)
-    return bytes(data)
+        return bool(in_user_mode and self._target.capabilities.physical_memory)
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """Read at a guest-virtual address.
+
+        :raises MemoryFault: if any byte is not mapped
+        """
+        try:
+            return self._target.read_memory(address, size_bytes, cpu=self._cpu)
+        except MemoryFault:
+            if not self._walks:
+                raise
+        levels = 5 if self._registers.cr4 & _CR4_LA57 else 4
+        data = bytearray()
+        while len(data) < size_bytes:
+            at = address + len(data)
+            page = paging.translate(
+                lambda physical: int.from_bytes(self._target.read_physical(physical, 8), "little"),
+                self._registers.cr3 & ~_CR3_PCID_AND_PTI,
+                at,
+                levels,
+            )
+            size = min(size_bytes - len(data), 0x1000 - (at & 0xFFF))
+            data += self._target.read_physical(page.physical_address, size)
+        return bytes(data)

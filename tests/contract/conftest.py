@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -114,7 +115,7 @@ class VmGuest(Guest):
         ram = GuestRam(info.ram_file, info.memory_bytes, info.pid) if with_ram else None
         self.ram = ram
         self.target = attach(str(info.gdb_socket), ram=ram)
-        symbols = ElfSymbols(info.vmlinux)
+        symbols = symbols_of(info.vmlinux)
         slide = find_slide(self.target, symbols)
         assert slide is not None
         self._find(symbols, slide)
@@ -141,6 +142,11 @@ class VmGuest(Guest):
 
     def connect_to_nothing(self) -> Target:
         return self._attach("/nonexistent/gdb.sock")
+
+
+@functools.cache
+def symbols_of(vmlinux: Path) -> ElfSymbols:
+    return ElfSymbols(vmlinux)
 
 
 class KgdbGuest(VmGuest):

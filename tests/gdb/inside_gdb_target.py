@@ -20,7 +20,7 @@ from kgdbx.target.gdb_inferior import GdbTarget
 
 assert kgdbx.gdb
 FUNCTION = "__x64_sys_getpgid"
-CALLS = 1009
+CALLS = 307
 DEADLINE_S = 150.0
 SOFTWARE = BreakpointKind.SOFTWARE
 

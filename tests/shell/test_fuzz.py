@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tests.shell.terminal import Terminal
 
 # KGDBX_FUZZ=10000 presses that many.
-SEQUENCES = int(os.environ.get("KGDBX_FUZZ", "100"))
+SEQUENCES = int(os.environ.get("KGDBX_FUZZ", "41"))
 WORDS = (
     "kprobe ",
     "vfs_read",

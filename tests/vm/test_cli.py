@@ -96,7 +96,7 @@ def test_duration(endless: Vm) -> None:
     assert is_unpatched(endless)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_nothing_behind(endless: Vm, number: signal.Signals) -> None:
     argv = [sys.executable, "-m", "kgdbx", "probe", "--vm", endless.name, f"p:call {FUNCTION}"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:

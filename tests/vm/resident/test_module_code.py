@@ -13,7 +13,7 @@ from kgdbx.resident import guest_call
 GuestOf = Callable[..., Any]
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+@pytest.mark.parametrize("kernel", ["6.12"])
 def test_modules_come_and_go(guest_of: GuestOf, kernel: str) -> None:
     guest = guest_of(kernel, modules=("dummy", "loop"))
     events: list[Event] = []
