@@ -25,20 +25,24 @@ def measure(rounds: int) -> Iterator[Figure]:
 
     :param rounds: how often each scan is measured
     """
-    yield from measure_enumeration(rounds)
+    yield from measure_enumeration("6.1", 1, rounds)
+    yield from measure_enumeration("6.12", 4, rounds, ".6.12.4cpus")
     yield from measure_scan("leaks.scan_512m_s", 512 << 20, 0, rounds)
     yield from measure_scan("leaks.scan_4g_s", 4 << 30, _OBJECTS, rounds)
 
 
-def measure_enumeration(rounds: int) -> Iterator[Figure]:
+def measure_enumeration(name: str, smp: int, rounds: int, suffix: str = "") -> Iterator[Figure]:
     """Every allocated slab object of every cache: here, and by drgn's helpers, cache by cache.
 
     drgn looks at all pages for each cache, so its time grows with memory: the guest is small.
 
+    :param name: of the kernel
+    :param smp: number of vCPUs
+    :param suffix: of the figures' names
     :raises MachineError: if the two do not find the same objects
     """
     with (
-        clone(make_template(configure("6.1", smp=1, memory_bytes=256 << 20))) as vm,
+        clone(make_template(configure(name, smp=smp, memory_bytes=256 << 20))) as vm,
         Session.attach_vm(vm.info) as session,
     ):
         assert session.ram is not None
@@ -54,14 +58,14 @@ def measure_enumeration(rounds: int) -> Iterator[Figure]:
         for cache in for_each_slab_cache(kernel.program):
             found = {o.value_() for o in slab_cache_for_each_allocated_object(cache, "void")}
             total += len(found)
-            name = cache.name.string_().decode()
-            if found != set(heap.allocated_objects(name).tolist()):
-                raise MachineError(f"cache {name}: drgn finds other objects")
+            of = cache.name.string_().decode()
+            if found != set(heap.allocated_objects(of).tolist()):
+                raise MachineError(f"cache {of}: drgn finds other objects")
         theirs = time.perf_counter() - started
-    yield figure("leaks.enumerate.vs_drgn", (theirs / own for own in ours), "x")
-    yield figure("leaks.enumerate_s", ours, "s")
-    yield figure("leaks.enumerate.drgn_s", [theirs], "s")
-    yield figure("leaks.enumerate.objects", [total], "")
+    yield figure(f"leaks.enumerate.vs_drgn{suffix}", (theirs / own for own in ours), "x")
+    yield figure(f"leaks.enumerate_s{suffix}", ours, "s")
+    yield figure(f"leaks.enumerate.drgn_s{suffix}", [theirs], "s")
+    yield figure(f"leaks.enumerate.objects{suffix}", [total], "")
 
 
 def measure_scan(name: str, memory_bytes: int, objects: int, rounds: int) -> Iterator[Figure]:
