@@ -1,43 +1,32 @@
-"""Probes in the guest, beside the kernel's own kprobe events.
-
-A cost is what a call takes with the probe minus what it takes without: both are measured by the
-guest's own clock, one after the other, and each is the best of several runs, as what else the
-machine does only ever adds.
-"""
+"""Probes in the guest, beside the kernel's own kprobe events."""
 
 import tempfile
 import time
 from collections.abc import Iterator
 
+from kgdbx.bench.calls import (
+    CALLED,
+    CALLS,
+    KERNEL,
+    RESIDENT,
+    kernel_ns,
+    probed_ns,
+    resident_ns,
+)
 from kgdbx.bench.figure import Figure, figure, ratio
 from kgdbx.bench.native import entry_cost
 from kgdbx.bench.stop_tier import hits_per_second_in_gdb
 from kgdbx.errors import MachineError
 from kgdbx.machine.snapshot import clone, make_template
-from kgdbx.machine.vm import Vm, configure
+from kgdbx.machine.vm import configure
 from kgdbx.probes.definition import parse_definition
 from kgdbx.session import Refused, Session
 
 __all__ = ("measure",)
 
-_CALLED = "do_getpgid"  # long do_getpgid(pid_t pid), kernel/sys.c
-_CALLS = 100_000
-_TIMES = 5
-_GUEST_S = 120
 _RING_EVENTS = 10_000_000
 _RING_BYTES = 4 << 20  # the host shares its two cores with the guest's vCPUs
 _TRACED = 1000
-_TRACEFS = "/sys/kernel/tracing"
-
-_RESIDENT = {
-    "entry": ("p {f} pid %si",),
-    "return": ("p {f} pid %si", "r {f} $retval"),
-    "filtered": ("p {f} pid %si if pid == 77",),
-}
-_KERNEL = {
-    "entry": ("p:k/e {f} pid=%di si=%si",),
-    "return": ("p:k/e {f} pid=%di si=%si", "r:k/f {f} ret=$retval"),
-}
 
 
 def measure(rounds: int) -> Iterator[Figure]:
@@ -58,10 +47,10 @@ def _costs(smp: int, rounds: int) -> Iterator[Figure]:
     samples: dict[str, list[float]] = {}
     with clone(make_template(configure("6.1", smp=smp))) as vm:
         for _ in range(rounds):
-            for name, texts in _KERNEL.items():
-                samples.setdefault(f"kernel.{name}", []).append(_kernel_ns(vm, smp, texts))
-            for name, texts in _RESIDENT.items():
-                samples.setdefault(f"resident.{name}", []).append(_resident_ns(vm, smp, texts))
+            for name, texts in KERNEL.items():
+                samples.setdefault(f"kernel.{name}", []).append(kernel_ns(vm, smp, texts))
+            for name, texts in RESIDENT.items():
+                samples.setdefault(f"resident.{name}", []).append(resident_ns(vm, smp, texts))
     kernel, entry = samples["kernel.entry"], samples["resident.entry"]
     both = samples["kernel.return"]
     filtered = samples["resident.filtered"]
@@ -72,47 +61,17 @@ def _costs(smp: int, rounds: int) -> Iterator[Figure]:
         yield figure(f"probes.{name}_ns{cpus}", values, "ns")
 
 
-def _kernel_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
-    bare = _ns_per_call(vm, smp)
-    define = "; ".join(
-        f"echo '{text.format(f=_CALLED)}' >> {_TRACEFS}/kprobe_events" for text in texts
-    )
-    _guest(vm, f"{define}; echo 1 > {_TRACEFS}/events/k/enable")
-    try:
-        return _ns_per_call(vm, smp) - bare
-    finally:
-        _guest(vm, f"echo 0 > {_TRACEFS}/events/k/enable; echo > {_TRACEFS}/kprobe_events")
-
-
-def _resident_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
-    bare = _ns_per_call(vm, smp)
-    return _probed_ns(vm, smp, texts) - bare
-
-
-def _probed_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
-    with Session.attach_vm(vm.info) as session:
-        definitions = [parse_definition(text.format(f=_CALLED)) for text in texts]
-        probes = session.define_many(definitions, tier="resident", inlined_copies=False)
-        session.resident.reader.makes_events = False  # as a recording takes them: whole batches
-        command = vm.start(_calls(smp))
-        session.run(command=command)
-        calls = _CALLS * _TIMES
-        if any(probe.hits != calls for probe in probes):
-            raise MachineError(f"{[probe.hits for probe in probes]} hits of {calls} calls")
-        return _best(command.output.decode())
-
-
 def _beside_gdb(rounds: int) -> Iterator[Figure]:
     # Hits a second of one function that system calls reach in a loop, in turn on one VM.
     ours, gdbs = [], []
     with clone(make_template(configure("6.1", smp=1))) as vm:
         for _ in range(rounds):
-            calling = vm.start(f"caller 1 {_CALLS * _CALLS}")
+            calling = vm.start(f"caller 1 {CALLS * CALLS}")
             try:
-                gdbs.append(hits_per_second_in_gdb(vm, "plain", _CALLED))
+                gdbs.append(hits_per_second_in_gdb(vm, "plain", CALLED))
             finally:
                 calling.discard()
-            ours.append(1e9 / _probed_ns(vm, 1, _RESIDENT["entry"]))
+            ours.append(1e9 / probed_ns(vm, 1, RESIDENT["entry"]))
     yield ratio("probes.resident.vs_gdb", ours, gdbs)
     yield figure("probes.resident.hits_per_s", ours, "1/s")
 
@@ -124,7 +83,7 @@ def _ring() -> Iterator[Figure]:
         Session.attach_vm(vm.info) as session,
         tempfile.TemporaryFile() as file,
     ):
-        definition = parse_definition(f"p {_CALLED} pid")
+        definition = parse_definition(f"p {CALLED} pid")
         engine = session.resident.engine
         engine.ring_bytes = _RING_BYTES
         session.define_many([definition], tier="resident", inlined_copies=False)
@@ -175,22 +134,3 @@ def _many(rounds: int) -> Iterator[Figure]:
                 detach.append((time.perf_counter() - start) * _TRACED / len(placed))
     yield figure("trace.attach_1000_s", attach, "s")
     yield figure("trace.detach_1000_s", detach, "s")
-
-
-def _ns_per_call(vm: Vm, smp: int) -> float:
-    return _best(_guest(vm, _calls(smp)))
-
-
-def _calls(smp: int) -> str:
-    return "; ".join([f"caller {smp} {_CALLS}"] * _TIMES)
-
-
-def _best(output: str) -> float:
-    return min(float(line.split()[1]) for line in output.splitlines())
-
-
-def _guest(vm: Vm, command: str) -> str:
-    done = vm.execute(command, timeout_s=_GUEST_S)
-    if done.status:
-        raise MachineError(f"{command!r} in the guest failed: {done.output}")
-    return done.output

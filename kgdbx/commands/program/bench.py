@@ -6,17 +6,18 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import kgdb, leaks, leaks_watch, resident_tier, stop_tier, stress
+from kgdbx.bench import bpftrace, kgdb, leaks, leaks_watch, resident_tier, stop_tier, stress
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.trace.json_lines import json_line
 
 _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
+    "bpftrace": (bpftrace.measure,),
     "leaks": (leaks.measure, leaks_watch.measure_watch),
     "kgdb": (kgdb.measure,),
-    "probes": (stop_tier.measure, resident_tier.measure),
-    "resident": (resident_tier.measure,),
+    "probes": (stop_tier.measure, resident_tier.measure, bpftrace.measure),
+    "resident": (resident_tier.measure, bpftrace.measure),
     "stop": (stop_tier.measure,),
 }
 
@@ -31,7 +32,8 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
             nargs="+",
             choices=(*_BENCHES, "stress"),
             metavar="NAME",
-            help="probes (both tiers), stop or resident; leaks; kgdb; stress: exact under load",
+            help="probes (both tiers), stop or resident; bpftrace (of resident); leaks; kgdb; "
+            "stress: exact under load",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
         argument("--minutes", type=float, default=2, help="of stress (default 2)"),
