@@ -14,6 +14,7 @@ _POLL_S = 0.1
 # Of a flood of events gdb takes some at a time, and commands and ^C in between.
 _BUDGET_S = 0.03
 _PAUSE_S = 0.005
+_AT_STOP_S = 2.0
 
 
 class Poller:
@@ -21,8 +22,8 @@ class Poller:
     runs, and when it stops. It ends with the session.
 
     gdb crashes if it exits with an event that was posted and not taken. So nothing is posted
-    but while there are resident probes and the kernel runs: to take those probes out, the kernel
-    runs once more, and gdb takes the event.
+    but while there are resident probes and the kernel runs, and the session is not being closed:
+    to take those probes out, the kernel runs once more, and gdb takes the event.
     """
 
     def __init__(self, session: Session) -> None:
@@ -30,6 +31,7 @@ class Poller:
         self._runs = threading.Event()
         self._taken = threading.Event()
         self._rest = False
+        self._posting = threading.Lock()
         gdb.events.cont.connect(self._on_cont)
         gdb.events.stop.connect(self._on_stop)
         threading.Thread(target=self._tick, name="kgdbx-poll", daemon=True).start()
@@ -38,25 +40,35 @@ class Poller:
         self._runs.set()
 
     def _on_stop(self, event: object) -> None:
-        self._runs.clear()
+        with self._posting:  # what comes now is the way out, perhaps: nothing more is posted
+            self._runs.clear()
         self._take()
+        if self._rest and not self._session.closed:
+            gdb.write("kgdbx: more events wait; they are shown when the kernel runs on\n")
 
     def _tick(self) -> None:
         pause = threading.Event()
         while not self._session.closed:
             self._runs.wait()
             pause.wait(_PAUSE_S if self._rest else _POLL_S)
-            if self._runs.is_set() and self._session.resident.engine.is_open:
+            if self._post():
+                self._taken.wait()
+
+    def _post(self) -> bool:
+        with self._posting:
+            due = self._runs.is_set() and self._session.resident.engine.is_open
+            if due and not self._session.closed:
                 self._taken.clear()
                 gdb.post_event(self._take)
-                self._taken.wait()
+                return True
+        return False
 
     def _take(self) -> None:
         try:
             if self._session.closed:
                 self._end()
             else:
-                self._rest = self._session.poll(_BUDGET_S if self._runs.is_set() else None)
+                self._rest = self._session.poll(_BUDGET_S if self._runs.is_set() else _AT_STOP_S)
         except KeyboardInterrupt:  # gdb would drop it
             with contextlib.suppress(gdb.error):  # the kernel stands already
                 gdb.execute("interrupt", to_string=True)

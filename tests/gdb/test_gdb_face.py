@@ -217,7 +217,7 @@ def test_gdb_that_is_ended_lets_the_guest_run_on(endless: Vm, number: signal.Sig
         while "caller-" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(number)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert is_unpatched(endless)
 
 

@@ -24,7 +24,7 @@ class Guest:
     def kernel(self) -> Kernel:
         return self.session.kernel
 
-    def run(self, command: str, *, status: int = 0, timeout_s: float = 50) -> str:
+    def run(self, command: str, *, status: int = 0, timeout_s: float = 120) -> str:
         """Run a shell command to its end while probes fire; what it prints."""
         started = self.vm.start(command)
         self.session.run(command=started, timeout_s=timeout_s)
