@@ -10,6 +10,7 @@ from kgdbx.symbols.dwarf import DebugFile
 from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.lines import offset_lines
+from kgdbx.symbols.modules import LoadedModule
 
 __all__ = ("Frame", "FrameNames")
 
@@ -49,6 +50,7 @@ class FrameNames:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._frames: dict[int, Frame] = {}
+        self._init: dict[str, tuple[Function, ...]] = {}
         self._files: dict[str, Path] = {}
         self._lines: dict[Frame, tuple[str, int] | None] = {}
 
@@ -58,6 +60,19 @@ class FrameNames:
             self._frames.get(address) or self._name(address, 0 if n == 0 else 1)
             for n, address in enumerate(addresses)
         )
+
+    def remember_init(self, module: LoadedModule) -> None:
+        """Know a module's init code: its symbols go before what it did has been read.
+
+        ``do_init_module()`` of kernel/module/main.c takes them away when init has returned.
+        """
+        regions = [(start, start + size) for start, size, is_init in module.regions if is_init]
+        found = (
+            self._kernel.function_at(symbol.address)
+            for symbol in self._kernel.modules.symbols(module)
+            if symbol.is_function and any(a <= symbol.address < b for a, b in regions)
+        )
+        self._init[module.name] = tuple(function for function in found if function is not None)
 
     def forget(self) -> None:
         """Code has come or gone: addresses may mean something else. Frames stay as they are."""
@@ -74,7 +89,7 @@ class FrameNames:
 
     def _name(self, address: int, back: int) -> Frame:
         # A call may be the last instruction of its function: look before where it returns to.
-        function = self._kernel.function_at(address - back)
+        function = self._kernel.function_at(address - back) or self._in_init(address - back)
         if function is None:
             frame = Frame(address)
         else:
@@ -90,6 +105,12 @@ class FrameNames:
             )
         self._frames[address] = frame
         return frame
+
+    def _in_init(self, address: int) -> Function | None:
+        for function in (f for functions in self._init.values() for f in functions):
+            if function.address <= address < function.address + function.size_bytes:
+                return function
+        return None
 
     def _in_file(self, function: Function, address: int) -> tuple[str, int]:
         if function.module is None:

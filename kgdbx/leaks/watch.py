@@ -188,6 +188,7 @@ class LeakWatch:
 
     def _loading(self, module: LoadedModule) -> None:
         if module.name in self._names:
+            self._frames.remember_init(module)
             self._begin(module)
         self._configure()
 
