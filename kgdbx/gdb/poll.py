@@ -1,6 +1,7 @@
 """Events of resident probes in gdb, where the user's own ``continue`` lets the kernel run."""
 
 import contextlib
+import os
 import threading
 import traceback
 
@@ -23,17 +24,22 @@ class Poller:
 
     gdb crashes if it exits with an event that was posted and not taken. So nothing is posted
     but while there are resident probes and the kernel runs, and the session is not being closed:
-    to take those probes out, the kernel runs once more, and gdb takes the event.
+    to take those probes out, the kernel runs once more, and gdb takes the event. A gdb that is
+    ended by a signal while the kernel runs takes none any more: it ends without its own ending
+    then, whose work is to let go of the kernel, which was done.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._runs = threading.Event()
         self._taken = threading.Event()
+        self._taken.set()
         self._rest = False
         self._posting = threading.Lock()
+        self._exiting = False
         gdb.events.cont.connect(self._on_cont)
         gdb.events.stop.connect(self._on_stop)
+        gdb.events.gdb_exiting.connect(self._on_exit)
         threading.Thread(target=self._tick, name="kgdbx-poll", daemon=True).start()
 
     def _on_cont(self, event: object) -> None:
@@ -46,6 +52,13 @@ class Poller:
         if self._rest and not self._session.closed:
             gdb.write("kgdbx: more events wait; they are shown when the kernel runs on\n")
 
+    def _on_exit(self, event: gdb.GdbExitingEvent) -> None:
+        with self._posting:
+            self._exiting = True
+        if not self._taken.is_set():
+            gdb.flush()
+            os._exit(getattr(event, "exit_code", 0))
+
     def _tick(self) -> None:
         pause = threading.Event()
         while not self._session.closed:
@@ -57,7 +70,7 @@ class Poller:
     def _post(self) -> bool:
         with self._posting:
             due = self._runs.is_set() and self._session.resident.engine.is_open
-            if due and not self._session.closed:
+            if due and not (self._session.closed or self._exiting):
                 self._taken.clear()
                 gdb.post_event(self._take)
                 return True
@@ -82,3 +95,4 @@ class Poller:
         with contextlib.suppress(ValueError):  # the second time
             gdb.events.cont.disconnect(self._on_cont)
             gdb.events.stop.disconnect(self._on_stop)
+            gdb.events.gdb_exiting.disconnect(self._on_exit)
