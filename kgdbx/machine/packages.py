@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kgdbx.errors import MachineError
@@ -23,6 +23,7 @@ __all__ = ("Package", "download", "download_missing", "extract", "find_versions"
 
 _LISTS_FRESH_S = 600.0
 _DEADLINE_S = 1800.0
+_RETRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,8 @@ def find_versions(name: str) -> tuple[Package, ...]:
 
     :raises MachineError: if there is none
     """
-    with _lock():
-        _update()
-        text = _run([_tool("apt-cache"), *_options(), "show", name])
+    with _lists():
+        text = _run("apt-cache", *_options(), "show", name)
     packages = tuple(_parse_stanza(stanza) for stanza in text.split("\n\n") if stanza.strip())
     if not packages:
         raise MachineError(f"the Debian mirrors have no package {name}; check the apt sources")
@@ -58,7 +58,7 @@ def download(
     :raises MachineError: if apt cannot get one of them
     """
     specs = [f"{package.name}={package.version}" for package in packages]
-    return _fetch(["download", *specs], directory, directory, progress)
+    return _fetch(["download"], specs, directory, directory, progress)
 
 
 def download_missing(
@@ -77,8 +77,8 @@ def download_missing(
     if _has_backports():
         arguments += ["-t", f"{codename()}-backports"]
     # Nothing is installed, so the lock of dpkg is not needed.
-    arguments += ["-o", f"Dir::Cache::archives={directory}", "-o", "Debug::NoLocking=1", *names]
-    return _fetch(arguments, directory / "partial", directory, progress)
+    arguments += ["-o", f"Dir::Cache::archives={directory}", "-o", "Debug::NoLocking=1"]
+    return _fetch(arguments, names, directory / "partial", directory, progress)
 
 
 def extract(deb: Path, directory: Path) -> None:
@@ -87,16 +87,20 @@ def extract(deb: Path, directory: Path) -> None:
     :raises MachineError: if the file is damaged
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _run([_tool("dpkg-deb"), "--extract", str(deb), str(directory)])
+    _run("dpkg-deb", "--extract", str(deb), str(directory))
 
 
 # apt writes to `growing` while it loads; the finished files are in `directory`.
-def _fetch(arguments: list[str], growing: Path, directory: Path, progress: Progress) -> list[Path]:
+def _fetch(
+    arguments: list[str],
+    names: Sequence[str],
+    growing: Path,
+    directory: Path,
+    progress: Progress,
+) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
-    with _lock():
-        _update()
-        apt = [_tool("apt-get"), *_options()]
-        plan = _run([*apt, "--print-uris", *arguments], cwd=directory)
+    with _lists():
+        plan = _run("apt-get", *_options(), "--print-uris", *arguments, *names, cwd=directory)
         sizes = [int(size) for size in re.findall(r"^'[^']+' \S+ (\d+) ", plan, re.MULTILINE)]
         total, count = sum(sizes), len(sizes)
 
@@ -104,7 +108,7 @@ def _fetch(arguments: list[str], growing: Path, directory: Path, progress: Progr
             return sum(_size(path) for d in {growing, directory} for path in d.glob("*.deb*"))
 
         with subprocess.Popen(
-            [*apt, "-q", *arguments],
+            [_tool("apt-get"), *_options(), "-q", *arguments, *names],
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -122,13 +126,29 @@ def _fetch(arguments: list[str], growing: Path, directory: Path, progress: Progr
             _, errors = process.communicate()
         if process.returncode != 0:
             raise MachineError(
-                f"apt cannot download {' '.join(arguments)}; check the network: {errors.strip()}"
+                f"apt cannot download {' '.join(names)}; check the network: {_reason(errors)}"
             )
         progress(f"{count} Debian packages", total, total)
     return sorted(directory.glob("*.deb"))
 
 
-def _update() -> None:
+@contextlib.contextmanager
+def _lists() -> Iterator[None]:
+    # Ours alone meanwhile, and as new as can be had; an error for want of newer ones says so.
+    with locked(cache_dir() / "apt" / "lock"):
+        reason = _update()
+        try:
+            yield
+        except MachineError as e:
+            if not reason:
+                raise
+            raise MachineError(
+                f"{e}; the package lists are old or incomplete, check the network: {reason}"
+            ) from e
+
+
+def _update() -> str:
+    # Why the lists are not up to date; empty if they are.
     root = cache_dir() / "apt"
     for part in ("lists/partial", "archives/partial"):
         (root / part).mkdir(parents=True, exist_ok=True)
@@ -136,17 +156,19 @@ def _update() -> None:
     sources, stamp = root / "sources.list", root / "updated"
     same = sources.exists() and sources.read_text() == text
     if same and stamp.exists() and time.time() - stamp.stat().st_mtime < _LISTS_FRESH_S:
-        return
+        return ""
     sources.write_text(text)
     stamp.unlink(missing_ok=True)
     try:
-        _run([_tool("apt-get"), *_options(), "-q", "update"])
-    except MachineError:
+        # Without the mode, apt takes a mirror that does not answer for one with nothing new.
+        _run("apt-get", *_options(), "-q", "-o", "APT::Update::Error-Mode=any", "update")
+    except MachineError as e:
         # A suite that the mirror does not carry is no reason to fail while others answer.
         if not any((root / "lists").glob("*_Packages*")):
-            raise
-    else:
-        stamp.touch()
+            raise MachineError(f"no Debian mirror answers; check the network: {e}") from e
+        return str(e)
+    stamp.touch()
+    return ""
 
 
 def _options() -> list[str]:
@@ -161,7 +183,7 @@ def _options() -> list[str]:
         "APT::Get::List-Cleanup=0",
         "APT::Sandbox::User=",
         "Acquire::Languages=none",
-        "Acquire::Retries=3",
+        f"Acquire::Retries={_RETRIES}",
     )
     return [word for setting in settings for word in ("-o", setting)]
 
@@ -174,10 +196,6 @@ def _parse_stanza(stanza: str) -> Package:
 
 def _has_backports() -> bool:
     return f"{codename()}-backports" in private_sources(read_sources(), codename())
-
-
-def _lock() -> contextlib.AbstractContextManager[None]:
-    return locked(cache_dir() / "apt" / "lock")
 
 
 def _size(path: Path) -> int:
@@ -198,11 +216,10 @@ def _tool(name: str) -> str:
     return path
 
 
-def _run(argv: Iterable[str], cwd: Path | None = None) -> str:
-    command = list(argv)
+def _run(name: str, *arguments: str, cwd: Path | None = None) -> str:
     try:
         done = subprocess.run(
-            command,
+            [_tool(name), *arguments],
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -211,7 +228,13 @@ def _run(argv: Iterable[str], cwd: Path | None = None) -> str:
             env=_environment(),
         )
     except subprocess.TimeoutExpired as e:
-        raise MachineError(f"{command[0]} did not end within {_DEADLINE_S:g} s") from e
+        raise MachineError(f"{name} did not end within {_DEADLINE_S:g} s") from e
     if done.returncode != 0:
-        raise MachineError(f"{command[0]} {command[-1]} failed: {done.stderr.strip()}")
+        raise MachineError(f"{name} failed: {_reason(done.stderr)}")
     return done.stdout
+
+
+def _reason(errors: str) -> str:
+    # apt says the same of every suite; the first says enough.
+    said = [line.removeprefix("E: ") for line in errors.splitlines() if line.startswith("E: ")]
+    return said[0] if said else errors.strip()
