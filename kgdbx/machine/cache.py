@@ -27,11 +27,19 @@ _SHM_BYTES = 2 << 30
 
 
 def cache_dir() -> Path:
-    """Directory of what can be fetched or built again, ``$XDG_CACHE_HOME/kgdbx``."""
+    """Directory of what can be fetched or built again, ``$XDG_CACHE_HOME/kgdbx``.
+
+    :raises MachineError: if it cannot be made
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     path = home / "kgdbx"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise MachineError(
+            f"cannot make {path}: {e.strerror}; set XDG_CACHE_HOME to a directory of yours"
+        ) from e
     return path
 
 
@@ -61,10 +69,13 @@ def locked(path: Path, timeout_s: float = 900.0) -> Iterator[None]:
     """Hold the lock file *path*; a second process, or thread, waits for its turn.
 
     :param timeout_s: seconds to wait; the default outlasts the download of a kernel
-    :raises MachineError: if it is still held by someone else then
+    :raises MachineError: if it is still held by someone else then, or cannot be made
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise MachineError(f"cannot lock {path}: {e.strerror}") from e
     try:
         if not wait_until(lambda: _try_lock(descriptor), timeout_s):
             raise MachineError(
@@ -82,19 +93,17 @@ def populate(path: Path, fill: Callable[[Path], None]) -> Path:
     :param fill: called with an empty directory that becomes *path* when it returns; not called
         if *path* exists already
     :return: *path*
+    :raises MachineError: if it cannot be made, as on a full disk
     """
     with locked(path.parent / f".{path.name}.lock"):
         if not path.exists():
             # What processes left that were killed here; the lock says that nobody is at it now.
             for rest in path.parent.glob(f".{path.name}.????????"):
                 shutil.rmtree(rest, ignore_errors=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             try:
-                fill(scratch)
-                scratch.rename(path)
-            except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
+                _fill(path, fill)
+            except OSError as e:
+                raise MachineError(f"cannot make {path}: {e}") from e
     return path
 
 
@@ -115,6 +124,16 @@ def wait_until(
         time.sleep(min(pause, left))
         pause = min(pause * 1.5, longest_pause_s)
     return True
+
+
+def _fill(path: Path, fill: Callable[[Path], None]) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fill(scratch)
+        scratch.rename(path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 # /tmp and /dev/shm are open to everyone, so someone else may have made the name first.

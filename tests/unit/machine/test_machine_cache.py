@@ -43,6 +43,23 @@ def test_populate_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".x.lock"]
 
 
+def test_populate_on_a_full_disk(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        (path / "half").touch()
+        Path("/dev/full").write_text("no room")
+
+    with pytest.raises(MachineError, match=r"cannot make /.*/x: .*No space left on device"):
+        populate(tmp_path / "x", fill)
+    assert [path.name for path in tmp_path.iterdir()] == [".x.lock"]
+
+
+def test_cache_dir_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(MachineError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
+        cache_dir()
+
+
 def test_populate_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     (tmp_path / ".x.abcd1234").mkdir()
     populate(tmp_path / "x", lambda path: None)
