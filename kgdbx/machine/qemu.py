@@ -28,18 +28,12 @@ class Qemu:
     :ivar version: such as (10, 0, 2)
     :ivar env: environment variables to add
     :ivar data_dirs: directories of firmware, for ``-L``
-    :ivar plugins_read_registers: TCG plugins can read registers and memory
     """
 
     path: Path
     version: tuple[int, ...]
     env: tuple[tuple[str, str], ...] = ()
     data_dirs: tuple[Path, ...] = ()
-
-    @property
-    def plugins_read_registers(self) -> bool:
-        """Whether TCG plugins see registers; no command line option tells it, so by version."""
-        return self.version >= (9, 0)
 
     def argv(self) -> list[str]:
         """The start of a command line."""
