@@ -72,8 +72,6 @@ class PacketConnection:
         self._poll_wake.register(stream, select.POLLIN)
         self._poll_wake.register(self._wake.fileno(), select.POLLIN)
         self.packets_sent = 0
-        self.bytes_sent = 0
-        self.bytes_received = 0
 
     def send(self, *payloads: bytes) -> None:
         """Send packets in one write; their replies come in the same order.
@@ -102,7 +100,6 @@ class PacketConnection:
             self._stream.sendall(data)
         except OSError as e:
             raise TargetLost(f"the connection to the stub is gone: {e.strerror}") from e
-        self.bytes_sent += len(data)
         self._spin_end = time.monotonic() + _SPIN_S
 
     def receive(self, timeout_s: float) -> bytes:
@@ -194,7 +191,6 @@ class PacketConnection:
     def _add(self, data: bytes) -> None:
         if not data:
             raise TargetLost("the stub closed the connection: the VM has ended or was killed")
-        self.bytes_received += len(data)
         self._spin_end = time.monotonic() + _SPIN_S
         self._buffer += data
         if len(self._buffer) > _MAX_PACKET_BYTES:
