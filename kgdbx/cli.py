@@ -6,6 +6,7 @@ ended by ^C.
 """
 
 import argparse
+import importlib.metadata
 import os
 import signal
 import sys
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output has gone; nothing is lost that anyone wants.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # such as a full disk under a file of the user's
+        return _fail(e, 3)
     except KeyboardInterrupt:
         return 130
 
@@ -55,7 +58,7 @@ def _end(signum: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
-def _fail(error: KgdbxError, status: int) -> int:
+def _fail(error: Exception, status: int) -> int:
     if os.environ.get("KGDBX_DEBUG"):
         traceback.print_exc()
     print(f"kgdbx: {error}", file=sys.stderr)
@@ -66,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kgdbx", description=f"{kgdbx.__doc__}", epilog="kgdbx COMMAND --help tells more."
     )
+    version = f"kgdbx {importlib.metadata.version('kgdbx')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
     for command in PROGRAM_COMMANDS.discover(program):
