@@ -1,10 +1,12 @@
-"""How DWARF stores values: the sizes of its forms, LEB128 numbers and strings."""
+"""How DWARF stores values: its numbers of things, sizes of forms, LEB128 numbers and strings."""
 
-from elftools.dwarf.enums import ENUM_DW_FORM
+from elftools.dwarf.enums import ENUM_DW_AT, ENUM_DW_FORM, ENUM_DW_TAG
 
 __all__ = (
+    "ATTRIBUTE",
     "FORM",
     "FORM_SIZES",
+    "TAG",
     "ULEB_FORMS",
     "find_all",
     "read_sleb",
@@ -12,6 +14,12 @@ __all__ = (
     "read_uleb",
     "write_uleb",
 )
+
+ATTRIBUTE: dict[str, int] = ENUM_DW_AT
+"""Attributes by their names."""
+
+TAG: dict[str, int] = ENUM_DW_TAG
+"""Kinds of entries by their names."""
 
 FORM: dict[str, int] = {name.removeprefix("DW_FORM_"): n for name, n in ENUM_DW_FORM.items()}
 """Forms by their names without ``DW_FORM_``."""

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from kgdbx.errors import SymbolError
-from kgdbx.symbols.dwarf import ATTRIBUTE, TAG, DebugFile, Unit
-from kgdbx.symbols.dwarf_data import find_all
+from kgdbx.symbols.dwarf import DebugFile
+from kgdbx.symbols.dwarf_data import ATTRIBUTE, TAG, find_all
+from kgdbx.symbols.dwarf_unit import Unit
 
 __all__ = ("InlineSite", "InlineSites", "inlined_instances")
 
@@ -104,7 +105,7 @@ def _sites(unit: Unit, origins: set[int], references: list[int]) -> dict[int, In
             continue
         around = map(unit.entry, reversed(parents))
         function = next((e for e in around if e.tag == _SUBPROGRAM), unit.root)
-        section, offset = unit.debug.split_address(address)
+        section, offset = unit.debug.sections.split_address(address)
         sites[unit.start + position] = InlineSite(
             offset,
             unit.function_name(function),

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import drgn
 
 from kgdbx.errors import SymbolError
-from kgdbx.symbols.dwarf import ATTRIBUTE, TAG, DebugFile, Entry, Unit
+from kgdbx.symbols.dwarf import DebugFile
+from kgdbx.symbols.dwarf_data import ATTRIBUTE, TAG
+from kgdbx.symbols.dwarf_unit import Entry, Unit
 from kgdbx.symbols.line_table import line_starts, rows
 
 __all__ = (
@@ -75,7 +77,7 @@ def offset_lines(debug: DebugFile, section: str, offset: int) -> tuple[tuple[str
     :return: the line itself, then where each function that was inlined around it is called
     :raises SymbolError: if there is no such section
     """
-    address = debug.join_address(section, offset)
+    address = debug.sections.join_address(section, offset)
     unit = debug.unit_containing(address)
     if unit is None or unit.line_header is None:
         return ()
@@ -147,7 +149,7 @@ def line_addresses(path: Path, function: int, line: int, section: str = "") -> L
     if line >= 0 and unit.line_header is not None:
         for row in line_starts(unit.line_header, unit.ranges(entry)):
             if first + line <= row.line < end and unit.file(row.file) == file:
-                starts.setdefault(row.line, set()).add(debug.split_address(row.address)[1])
+                starts.setdefault(row.line, set()).add(debug.sections.split_address(row.address)[1])
     if not starts:
         name = unit.function_name(entry)
         raise SymbolError(
@@ -160,7 +162,7 @@ def line_addresses(path: Path, function: int, line: int, section: str = "") -> L
 
 
 def _function_at(debug: DebugFile, address: int, section: str) -> tuple[Unit, Entry]:
-    joined = debug.join_address(section, address)
+    joined = debug.sections.join_address(section, address)
     unit = debug.unit_containing(joined)
     for entry in unit.functions() if unit else ():
         if unit and any(low <= joined < high for low, high in unit.ranges(entry)):

@@ -154,9 +154,12 @@ def test_module_gives_sections_and_offsets(tmp_path: Path) -> None:
 
 def test_addresses_in_a_module_need_a_section(tmp_path: Path) -> None:
     debug = DebugFile(_compile(tmp_path)[0])
-    assert debug.split_address(debug.join_address(".init.text", 0x12)) == (".init.text", 0x12)
+    assert debug.sections.split_address(debug.sections.join_address(".init.text", 0x12)) == (
+        ".init.text",
+        0x12,
+    )
     with pytest.raises(SymbolError) as caught:
-        debug.join_address("", 0x12)
+        debug.sections.join_address("", 0x12)
     assert str(caught.value) == "one.o has no section ''; an address in a .ko needs one"
 
 
