@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from kgdbx.doctor import Check
-from kgdbx.probes.fetch import Hex
+from kgdbx.probes.value import Hex
 from kgdbx.trace.text import PLAIN, Style
 
 __all__ = ("checks_table", "pick_style", "table")

@@ -8,10 +8,12 @@ import drgn
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import KgdbxError, ProbeError, SymbolError
 from kgdbx.probes.arguments import argument_suppliers, return_value_supplier
-from kgdbx.probes.definition import Field, ProbeDefinition, expand_fields, format_definition
+from kgdbx.probes.definition import ProbeDefinition, format_definition
+from kgdbx.probes.evaluate import compile_condition, evaluate, locate
 from kgdbx.probes.event import Event
 from kgdbx.probes.expression import Expr, Name, Special, format_expression, walk
-from kgdbx.probes.fetch import compile_condition, compile_fields, evaluate, locate
+from kgdbx.probes.fetch import compile_fields
+from kgdbx.probes.field import Field, expand_fields
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance
 from kgdbx.probes.probe import Hit, Point, Probe

@@ -18,46 +18,21 @@ the memory at EXPR if that is a number.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal as OneOf
 
-from kgdbx.errors import DefinitionError
-from kgdbx.probes.aggregation import AGGREGATION, FUNCTIONS, MAX_KEYS, Aggregation, split_list
-from kgdbx.probes.expression import (
-    Expr,
-    Literal,
-    Name,
-    Register,
-    Special,
-    format_expression,
-    is_text,
-    read_expression,
-    walk,
-)
+from kgdbx.probes.aggregation import Aggregation, is_aggregation, read_aggregation
+from kgdbx.probes.expression import Expr, format_expression, is_text
+from kgdbx.probes.field import Field, add_field, read_value
 from kgdbx.probes.lexer import Scanner, split_words
 
-__all__ = (
-    "DEFAULT_GROUP",
-    "FetchType",
-    "Field",
-    "ProbeDefinition",
-    "STACK_DEPTH",
-    "expand_fields",
-    "format_definition",
-    "parse_definition",
-)
+__all__ = ("DEFAULT_GROUP", "ProbeDefinition", "format_definition", "parse_definition")
 
 DEFAULT_GROUP = "kprobes"
 """Group of events that name none, as in ``kprobe_events``."""
 
-STACK_DEPTH = 16
-"""Frames of a ``$kstack`` that does not say how many it wants."""
-
-_MAX_STACK_DEPTH = 127  # PERF_MAX_STACK_DEPTH, include/uapi/linux/perf_event.h
 _MAX_NAME = 63  # MAX_EVENT_NAME_LEN - 1, kernel/trace/trace_probe.h
-_MAX_ARRAY = 64  # MAX_ARRAY_LEN, same file
-_MAX_FIELDS = 128  # MAX_TRACE_ARGS, same file
 _MAX_MAXACTIVE = 4096  # KRETPROBE_MAXACTIVE_MAX, kernel/trace/trace_kprobe.c
 _MAX_WATCH_BYTES = 4096
 
@@ -66,68 +41,9 @@ _EVENT_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _MODULE = re.compile(r"([A-Za-z_][\w-]*):(?=[A-Za-z_*?\[])", re.ASCII)
 _FUNCTION = re.compile(r"(?:[A-Za-z_*?]|\[[^\]\s]+\])(?:[\w.*?]|\[[^\]\s]+\])*", re.ASCII)
 _NUMBER = re.compile(r"\d\w*", re.ASCII)
-_SIGNED = re.compile(r"-?(?:0x[0-9a-fA-F]+|[1-9]\d*|0)", re.ASCII)
 _SPACE = re.compile(r"[ \t]|$")
-_FIELD_NAME = re.compile(r"([A-Za-z_]\w*)=(?!=)", re.ASCII)
 _IF = re.compile(r"if(?=[ \t(]|$)")
 _ACCESS = re.compile(r"(rw|r|w)(?=[ \t]|$)")
-_TYPE = re.compile(
-    r"(?:([usx])(8|16|32|64)|(char|u?string|symbol)|b(\d+)@(\d+)/(8|16|32|64))(?:\[(\d+)\])?(?!\S)",
-    re.ASCII,
-)
-_WHOLE_FIELD = frozenset(("params", "vars"))
-_OWN_FIELD = _WHOLE_FIELD | {"func", "kstack"}
-_STEPS_LIMIT = 1000  # of lhist, as in bpftrace
-
-
-@dataclass(frozen=True, slots=True)
-class FetchType:
-    """The ``:TYPE`` of a field.
-
-    :ivar base: u, s or x (shown as unsigned, signed, hexadecimal), b (bit field), char, string,
-        ustring, symbol (an address, shown as symbol+offset), or kstack (*count* frames at most)
-    :ivar size_bytes: size in memory; of one pointer for the strings, of the container for b
-    :ivar bit_offset: lowest bit of a bit field
-    :ivar bit_width: width of a bit field
-    :ivar count: number of elements of an array, otherwise None
-    """
-
-    base: str
-    size_bytes: int = 8
-    bit_offset: int = 0
-    bit_width: int = 0
-    count: int | None = None
-
-    def __str__(self) -> str:
-        if self.base == "kstack":
-            return str(self.count)
-        array = "" if self.count is None else f"[{self.count}]"
-        bits = 8 * self.size_bytes
-        if self.base == "b":
-            return f"b{self.bit_width}@{self.bit_offset}/{bits}{array}"
-        return f"{self.base}{bits if self.base in 'usx' else ''}{array}"
-
-    @property
-    def is_string(self) -> bool:
-        """Whether the value is text that an address leads to."""
-        return self.base in ("string", "ustring")
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One value to record.
-
-    :ivar name: as given, otherwise the canonical text of the expression
-    """
-
-    name: str
-    expression: Expr
-    type: FetchType | None = None
-
-    def __str__(self) -> str:
-        text = format_expression(self.expression, spaces=False)
-        name = "" if self.name == text else f"{self.name}="
-        return name + text + (f":{self.type}" if self.type else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,32 +126,11 @@ def format_definition(definition: ProbeDefinition) -> str:
     return " ".join(_format_parts(definition))
 
 
-def expand_fields(
-    fields: Sequence[Field], variables: Mapping[str, Sequence[str]]
-) -> tuple[Field, ...]:
-    """Replace ``$vars`` and ``$params`` by a field for each variable that has none yet.
-
-    :param variables: the names of the variables under the keys ``vars`` and ``params``
-    """
-    taken = {each.name for each in fields}
-    expanded: list[Field] = []
-    for each in fields:
-        expression = each.expression
-        if not isinstance(expression, Special) or expression.name not in _WHOLE_FIELD:
-            expanded.append(each)
-            continue
-        for name in variables[expression.name]:
-            if name not in taken:
-                taken.add(name)
-                expanded.append(Field(name, Name(name, column=expression.column)))
-    return tuple(expanded)
-
-
 class _Parser:
     def __init__(self, text: str) -> None:
         self.scanner = Scanner(text)
-        self.is_entry = False  # $argN has a meaning
-        self.is_return = False  # $retval has a meaning
+        # What has no value where the probe is; see read_value().
+        self.absent = frozenset(("arg", "duration_ns", "retval"))
         self.map: Aggregation | None = None
 
     def definition(self) -> ProbeDefinition:
@@ -320,7 +215,10 @@ class _Parser:
             raise scanner.error("a return probe is for a whole function", place)
         if is_inside and function and any(c in function for c in "*?["):
             raise scanner.error("a pattern takes no offset and no line", place)
-        self.is_return, self.is_entry = is_return, not is_inside
+        if not is_inside:
+            self.absent -= {"arg"}
+        if is_return:
+            self.absent -= {"duration_ns", "retval"}
         fields, condition = self.tail(aggregates=True)
         return ProbeDefinition(
             kind="r" if is_return else "p",
@@ -352,7 +250,7 @@ class _Parser:
         scanner = self.scanner
         (start, end), *_ = split_words(scanner.text, scanner.position)
         word = Scanner(scanner.text, start, end)
-        watch = self.checked(read_expression(word))
+        watch = read_value(word, self.absent)
         if is_text(watch):
             raise scanner.error("a string has no memory to watch", start)
         scanner.position = word.position
@@ -390,170 +288,25 @@ class _Parser:
             start, end = words.pop(0)
             if _IF.match(text, start):
                 return tuple(fields.values()), self.condition(start + 2)
-            match = AGGREGATION.match(text, start) if aggregates else None
-            if match is not None:
-                words = split_words(text, self.aggregation(match))
+            rest = Scanner(text, start)
+            if aggregates and is_aggregation(rest):
+                if self.map is not None:
+                    raise rest.error("a probe has one aggregation")
+                self.map = read_aggregation(rest, self.absent)
+                words = split_words(text, rest.position)
             else:
-                self.add_field(fields, Scanner(text, start, end))
+                add_field(fields, Scanner(text, start, end), self.absent)
             if fields and self.map is not None:
                 message = "an aggregation takes no fields; put them between its brackets"
-                raise DefinitionError(message, text, start)
+                raise rest.error(message, start)
         return tuple(fields.values()), None
-
-    def add_field(self, fields: dict[str, Field], word: Scanner) -> None:
-        text, start = self.scanner.text, word.position
-        each = self.field(word)
-        if each.name in fields:
-            message = (
-                f"the name '{each.name}' is already used; write other={text[start : word.end]}"
-            )
-            raise DefinitionError(message, text, start)
-        if len(fields) == _MAX_FIELDS:
-            raise DefinitionError(f"a probe has at most {_MAX_FIELDS} fields", text, start)
-        fields[each.name] = each
-
-    def aggregation(self, match: re.Match[str]) -> int:
-        """Read one; where it ends."""
-        text, scanner = self.scanner.text, self.scanner
-        if self.map is not None:
-            raise scanner.error("a probe has one aggregation", match.start())
-        keys: dict[str, Field] = {}
-        if match["keys"] is not None:
-            for start, end in split_list(text, *match.span("keys")):
-                self.add_field(keys, Scanner(text, start, end))
-        if len(keys) > MAX_KEYS:
-            raise scanner.error(f"a map has at most {MAX_KEYS} keys", match.start("keys"))
-        if whole := [key for key in keys.values() if _is_special(key.expression, *_WHOLE_FIELD)]:
-            raise scanner.error(f"{whole[0].name} is no key", match.start("keys"))
-        name = match["function"]
-        if name not in FUNCTIONS:
-            known = " ".join(FUNCTIONS)
-            raise scanner.error(f"expected one of {known}", match.start("function"))
-        words = split_words(text, match.end() - 1)
-        close = words[0][1] - 1 if words else match.end()
-        if text[close : close + 1] != ")" or close < match.end():
-            raise scanner.error("this parenthesis is not closed", match.end() - 1)
-        value, steps = self.summed(name, match.end(), close)
-        self.map = Aggregation(match["name"] or "", tuple(keys.values()), name, value, steps)
-        return close + 1
-
-    def summed(
-        self, function: str, start: int, end: int
-    ) -> tuple[Expr | None, tuple[int, int, int] | None]:
-        # What stands in the parentheses of a map's function.
-        text, scanner = self.scanner.text, self.scanner
-        items = [each for each in split_list(text, start, end) if each[0] < each[1]]
-        wanted = {"count": 0, "lhist": 4}.get(function, 1)
-        if len(items) != wanted:
-            forms = {"count": "count()", "lhist": "lhist(EXPR, MIN, MAX, STEP)"}
-            form = forms.get(function, f"{function}(EXPR)")
-            raise scanner.error(f"expected {form}", start)
-        if not items:
-            return None, None
-        word = Scanner(text, *items[0])
-        value = self.checked(read_expression(word))
-        if word.position < word.end:
-            raise word.expected("an operator or ')'")
-        if is_text(value):
-            raise scanner.error("a string is no number; make it a key", items[0][0])
-        if function != "lhist":
-            return value, None
-        numbers = []
-        for item in items[1:]:
-            match = _SIGNED.fullmatch(text, *item)
-            if match is None:
-                raise scanner.error("expected a number", item[0])
-            numbers.append(int(match[0], 0))
-        least, most, step = numbers
-        if step <= 0 or most <= least or (most - least) % step:
-            raise scanner.error("STEP has to divide MAX - MIN, and MAX be above MIN", start)
-        if (most - least) // step > _STEPS_LIMIT:
-            raise scanner.error(f"a histogram has at most {_STEPS_LIMIT} steps", start)
-        return value, (least, most, step)
 
     def condition(self, position: int) -> Expr:
         scanner = Scanner(self.scanner.text, position)
-        condition = self.checked(read_expression(scanner))
+        condition = read_value(scanner, self.absent)
         if not scanner.at_end():
             raise scanner.expected("an operator or the end ('==' compares)")
         return condition
-
-    def field(self, word: Scanner) -> Field:
-        name = word.take(_FIELD_NAME)
-        column = word.position
-        expression = read_expression(word)
-        is_stack = _is_special(expression, "kstack")
-        is_whole = _is_special(expression, *_WHOLE_FIELD)
-        if not _is_special(expression, *_OWN_FIELD):
-            self.checked(expression)
-        elif is_whole and (name or word.position < word.end):
-            raise word.error("stands for several fields and takes no name and no type", column)
-        fetch_type = None
-        if word.take_text(":"):
-            fetch_type = self.depth(word) if is_stack else self.type(word, expression)
-        if word.position < word.end:
-            raise word.expected("an operator, ':' and a type, or a space")
-        label = name[1] if name else format_expression(expression, spaces=False)
-        return Field(label, expression, fetch_type)
-
-    def depth(self, word: Scanner) -> FetchType:
-        column = word.position
-        match = word.take(_NUMBER)
-        frames = word.integer(match[0], column) if match else 0
-        if not 1 <= frames <= _MAX_STACK_DEPTH:
-            raise word.error(f"a stack has 1 to {_MAX_STACK_DEPTH} frames: $kstack:8", column)
-        return FetchType("kstack", 8, count=frames)
-
-    def type(self, word: Scanner, expression: Expr) -> FetchType:
-        column = word.position
-        match = word.take(_TYPE)
-        if match is None:
-            types = "u8..u64 s8..s64 x8..x64 char string ustring symbol b<width>@<offset>/<size>"
-            raise word.error(f"expected a type, one of {types}, or type[N]", column)
-        number, bits, other, width, offset, container, digits = match.groups()
-        count = int(digits[:9]) if digits else None
-        if count is not None and not 1 <= count <= _MAX_ARRAY:
-            raise word.error(f"an array has 1 to {_MAX_ARRAY} elements", match.start(7))
-        if number:
-            result = FetchType(number, int(bits) // 8, count=count)
-        elif other:
-            result = FetchType(other, 1 if other == "char" else 8, count=count)
-        else:
-            low, wide = int(offset[:9]), int(width[:9])
-            if not wide or low + wide > int(container):
-                raise word.error(f"the bits do not fit into {container}", column)
-            result = FetchType("b", int(container) // 8, low, wide, count)
-        if _is_special(expression, "func"):
-            raise word.error("$func takes no type", column)
-        if is_text(expression) and (not result.is_string or count is not None):
-            raise word.error("a string takes the types string and ustring only", column)
-        if count is not None and (
-            _is_special(expression, "stack") or isinstance(expression, Register | Literal)
-        ):
-            memory = f"+0({format_expression(expression)}):{result}"
-            raise word.error(f"an array is read from memory; write {memory}", column)
-        return result
-
-    def checked(self, expression: Expr) -> Expr:
-        for node in walk(expression):
-            if not isinstance(node, Special):
-                continue
-            if node.name == "retval" and not self.is_return:
-                message = "$retval has a value in a return probe (r) only"
-            elif node.name == "arg" and not self.is_entry:
-                message = f"$arg{node.index} has a value at the function's entry only"
-            elif node.name == "duration_ns" and not self.is_return:
-                message = "$duration_ns has a value in a return probe (r) only"
-            elif node.name in _OWN_FIELD:
-                message = f"${node.name} is a field of its own, not part of an expression"
-            else:
-                continue
-            raise self.scanner.error(message, node.column)
-        return expression
-
-
-def _is_special(expression: Expr, *names: str) -> bool:
-    return isinstance(expression, Special) and expression.name in names
 
 
 def _format_parts(definition: ProbeDefinition) -> Iterator[str]:

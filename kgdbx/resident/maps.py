@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kgdbx.errors import ProbeError
-from kgdbx.probes.fetch import FieldValue
+from kgdbx.probes.value import FieldValue
 from kgdbx.resident.compile.aggregate import MapShape
 from kgdbx.resident.compile.codegen import RecordField
 from kgdbx.resident.engine import Engine

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Hex, KernelStack, Unreadable, decode_text
+from kgdbx.probes.value import FieldValue, Hex, KernelStack, Unreadable, decode_text
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.compile.code import FAILURES
 from kgdbx.resident.layout import FieldLayout, ProbeLayout

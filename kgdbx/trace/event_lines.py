@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Hex, KernelStack, Unreadable
+from kgdbx.probes.value import FieldValue, Hex, KernelStack, Unreadable
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.json_lines import event_json, json_line
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Hex, Unreadable
+from kgdbx.probes.value import FieldValue, Hex, Unreadable
 from kgdbx.trace.sink import Output
 
 __all__ = ("JsonLinesSink", "SCHEMA", "event_json", "json_line", "json_value")

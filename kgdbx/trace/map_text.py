@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from kgdbx.probes.fetch import FieldValue, KernelStack
+from kgdbx.probes.value import FieldValue, KernelStack
 from kgdbx.resident.maps import Map, Row
 from kgdbx.trace.json_lines import json_line, json_value
 

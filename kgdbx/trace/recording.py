@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import decode_text
+from kgdbx.probes.value import decode_text
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.binary import (

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, KernelStack, Unreadable
+from kgdbx.probes.value import FieldValue, KernelStack, Unreadable
 from kgdbx.trace.sink import Output
 
 __all__ = ("PLAIN", "Style", "TextSink", "event_line")

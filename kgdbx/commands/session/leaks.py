@@ -13,7 +13,7 @@ from kgdbx.leaks.dangling import Dangling
 from kgdbx.leaks.describe import Description, describe_block
 from kgdbx.leaks.scan import Scan, scan_heap
 from kgdbx.leaks.snapshot import Growth
-from kgdbx.probes.fetch import Hex
+from kgdbx.probes.value import Hex
 from kgdbx.render import table
 from kgdbx.session import Session
 from kgdbx.trace.text import PLAIN, Style

@@ -11,10 +11,10 @@ import drgn
 
 from kgdbx.errors import ProbeError, SymbolError
 from kgdbx.probes.aggregation import Aggregation
-from kgdbx.probes.definition import Field
 from kgdbx.probes.expression import Expr, Special, format_expression
-from kgdbx.probes.fetch import decode_text
+from kgdbx.probes.field import Field
 from kgdbx.probes.scope import KernelScope
+from kgdbx.probes.value import decode_text
 from kgdbx.resident.compile.code import Code
 from kgdbx.resident.compile.fields import Recorded, record_field
 from kgdbx.resident.compile.lower import Lowering

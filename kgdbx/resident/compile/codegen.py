@@ -8,11 +8,12 @@ import drgn
 
 from kgdbx.errors import ProbeError, SymbolError
 from kgdbx.probes.aggregation import Aggregation
-from kgdbx.probes.definition import Field, ProbeDefinition, expand_fields
+from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.expression import Expr, format_expression
-from kgdbx.probes.fetch import FieldValue, Unreadable
+from kgdbx.probes.field import Field, expand_fields
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
+from kgdbx.probes.value import FieldValue, Unreadable
 from kgdbx.resident.compile.aggregate import MapShape, aggregate
 from kgdbx.resident.compile.code import FAILURES, Code
 from kgdbx.resident.compile.fields import Recorded, record_field

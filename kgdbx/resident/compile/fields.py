@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import drgn
 
-from kgdbx.probes.definition import STACK_DEPTH, FetchType, Field
 from kgdbx.probes.expression import (
     AtSymbol,
     Dereference,
@@ -18,16 +17,17 @@ from kgdbx.probes.expression import (
     format_expression,
     is_text,
 )
-from kgdbx.probes.fetch import (
+from kgdbx.probes.fetch import converter
+from kgdbx.probes.field import STACK_DEPTH, FetchType, Field
+from kgdbx.probes.scope import KernelScope
+from kgdbx.probes.value import (
     MAX_STRING_BYTES,
     FieldValue,
     Hex,
     KernelStack,
-    converter,
     decode_text,
     plain_value,
 )
-from kgdbx.probes.scope import KernelScope
 from kgdbx.resident.compile.lower import Lowering
 from kgdbx.resident.compile.text import is_char_array, string_place
 from kgdbx.resident.compile.values import (

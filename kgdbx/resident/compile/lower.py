@@ -1,4 +1,4 @@
-"""From expressions to C with the meaning that :mod:`kgdbx.probes.fetch` gives them at a stop.
+"""From expressions to C with the meaning that :mod:`kgdbx.probes.evaluate` gives them at a stop.
 
 drgn decides what types there are: each operation is also done on a model, an object of the
 operand's type, and has the type of what comes out.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import drgn
 
 from kgdbx.probes.expression import AtSymbol, Dereference, Expr, Special, String, Ternary
-from kgdbx.probes.fetch import MAX_STRING_BYTES
+from kgdbx.probes.value import MAX_STRING_BYTES
 from kgdbx.resident.compile.code import peek
 from kgdbx.resident.compile.values import NotResident, Place, bare
 

@@ -6,14 +6,7 @@ from hypothesis import strategies as st
 
 from kgdbx.errors import DefinitionError
 from kgdbx.probes.aggregation import Aggregation
-from kgdbx.probes.definition import (
-    FetchType,
-    Field,
-    ProbeDefinition,
-    expand_fields,
-    format_definition,
-    parse_definition,
-)
+from kgdbx.probes.definition import ProbeDefinition, format_definition, parse_definition
 from kgdbx.probes.expression import (
     AtSymbol,
     Binary,
@@ -27,8 +20,9 @@ from kgdbx.probes.expression import (
     Special,
     format_expression,
     is_text,
-    parse_expression,
 )
+from kgdbx.probes.expression_parser import parse_expression
+from kgdbx.probes.field import FetchType, Field, expand_fields
 
 EXPRESSIONS = (
     "dfd filename how->flags %di +4($stack) +u8(+0(%si)) @jiffies @jiffies+8 @0xffffffff81000000 "

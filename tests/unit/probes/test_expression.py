@@ -25,9 +25,9 @@ from kgdbx.probes.expression import (
     Unary,
     format_expression,
     is_text,
-    parse_expression,
     walk,
 )
+from kgdbx.probes.expression_parser import parse_expression
 from kgdbx.probes.lexer import literal_type
 
 A, B, C = Name("a"), Name("b"), Name("c")

@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 
 from kgdbx.errors import KgdbxError, MemoryFault, ProbeError, SymbolError
 from kgdbx.probes.definition import parse_definition
-from kgdbx.probes.expression import parse_expression
-from kgdbx.probes.fetch import (
-    MAX_STRING_BYTES,
-    FieldValue,
-    Hex,
-    Unreadable,
-    compile_condition,
-    compile_fields,
-    evaluate,
-    locate,
-)
+from kgdbx.probes.evaluate import compile_condition, evaluate, locate
+from kgdbx.probes.expression_parser import parse_expression
+from kgdbx.probes.fetch import compile_fields
+from kgdbx.probes.value import MAX_STRING_BYTES, FieldValue, Hex, Unreadable
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 

@@ -20,10 +20,13 @@ import kgdbx.resident.compile
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import KgdbxError, MemoryFault
 from kgdbx.probes.arguments import argument_suppliers, return_value_supplier
-from kgdbx.probes.definition import expand_fields, parse_definition
-from kgdbx.probes.fetch import FieldValue, compile_condition, compile_fields
+from kgdbx.probes.definition import parse_definition
+from kgdbx.probes.evaluate import compile_condition
+from kgdbx.probes.fetch import compile_fields
+from kgdbx.probes.field import expand_fields
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import HitScope
+from kgdbx.probes.value import FieldValue
 from kgdbx.resident.compile.codegen import Body, decode_fields, generate
 from kgdbx.resident.compile.link import CFLAGS
 from kgdbx.symbols.elf import Symbol

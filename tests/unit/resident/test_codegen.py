@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kgdbx.probes.definition import parse_definition
-from kgdbx.probes.fetch import Unreadable
+from kgdbx.probes.value import Unreadable
 from kgdbx.resident.compile.codegen import NotResident, generate
 from kgdbx.symbols.elf import Symbol
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import Hex, Unreadable
+from kgdbx.probes.value import Hex, Unreadable
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.chrome import ChromeSink
 

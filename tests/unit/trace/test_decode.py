@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kgdbx.probes.fetch import FieldValue, Hex, KernelStack, Unreadable
+from kgdbx.probes.value import FieldValue, Hex, KernelStack, Unreadable
 from kgdbx.resident.clock import Clock
 from kgdbx.resident.compile.code import DIVISION_BY_ZERO
 from kgdbx.resident.layout import FieldLayout, ProbeLayout

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import FieldValue, Hex, Unreadable
+from kgdbx.probes.value import FieldValue, Hex, Unreadable
 from kgdbx.trace.event_lines import event_from_line, event_to_line
 from kgdbx.trace.json_lines import JsonLinesSink, event_json
 from kgdbx.trace.text import event_line

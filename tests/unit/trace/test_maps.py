@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kgdbx.errors import ProbeError
-from kgdbx.probes.fetch import KernelStack
+from kgdbx.probes.value import KernelStack
 from kgdbx.resident.compile.aggregate import MapShape
 from kgdbx.resident.compile.codegen import RecordField
 from kgdbx.resident.layout import FieldLayout

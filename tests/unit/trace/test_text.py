@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import Hex, KernelStack, Unreadable
+from kgdbx.probes.value import Hex, KernelStack, Unreadable
 from kgdbx.symbols.tasks import Task
 from kgdbx.trace.text import Style, TextSink, event_line
 

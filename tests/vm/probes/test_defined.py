@@ -8,7 +8,7 @@ import pytest
 
 from kgdbx.errors import DefinitionError, ProbeError
 from kgdbx.probes.event import Event
-from kgdbx.probes.fetch import Unreadable
+from kgdbx.probes.value import Unreadable
 from kgdbx.session import Refused
 
 CALLS = 23
