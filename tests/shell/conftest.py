@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.shell.terminal import Terminal
+from kgdbx.bench.terminal import Terminal
 
 
 @pytest.fixture
@@ -16,10 +16,13 @@ def shell_in(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     """Function that starts the shell: ``shell_in("--vm", name, columns=80, rows=24)``."""
     with ExitStack() as stack:
 
-        def start(*arguments: str, **settings: Any) -> Terminal:
+        def start(
+            *arguments: str, environment: dict[str, str] | None = None, **settings: Any
+        ) -> Terminal:
             argv = [sys.executable, "-m", "kgdbx", "shell", *arguments]
             # ^X^E edits the line with it.
-            environment = {"KGDBX_HISTORY": str(tmp_path / "history"), "EDITOR": "true"}
-            return stack.enter_context(Terminal(argv, environment=environment, **settings))
+            own = {"KGDBX_HISTORY": str(tmp_path / "history"), "EDITOR": "true"}
+            own |= environment or {}
+            return stack.enter_context(Terminal(argv, environment=own, **settings))
 
         yield start

@@ -4,10 +4,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from kgdbx.bench.terminal import Terminal
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import Vm, configure
 from tests.shell.svg import screen_svg
-from tests.shell.terminal import Terminal
 
 
 def main(directory: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable
 
-from tests.shell.terminal import Terminal
+from kgdbx.bench.terminal import Terminal
 
 # KGDBX_FUZZ=10000 presses that many.
 SEQUENCES = int(os.environ.get("KGDBX_FUZZ", "41"))

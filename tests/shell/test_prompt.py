@@ -5,8 +5,8 @@ import re
 import signal
 from collections.abc import Callable
 
+from kgdbx.bench.terminal import Terminal
 from kgdbx.machine.vm import Vm
-from tests.shell.terminal import Terminal
 
 FUNCTION = "__x64_sys_getpgid"
 

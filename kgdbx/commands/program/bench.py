@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import bpftrace, kgdb, leaks, leaks_watch, resident_tier, stop_tier, stress
+from kgdbx.bench import bpftrace, kgdb, leaks, leaks_watch, resident_tier, shell, stop_tier, stress
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
@@ -18,6 +18,7 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
     "kgdb": (kgdb.measure,),
     "probes": (stop_tier.measure, resident_tier.measure, bpftrace.measure),
     "resident": (resident_tier.measure, bpftrace.measure),
+    "shell": (shell.measure,),
     "stop": (stop_tier.measure,),
 }
 
@@ -33,7 +34,7 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
             choices=(*_BENCHES, "stress"),
             metavar="NAME",
             help="probes (both tiers), stop or resident; bpftrace (of resident); leaks; kgdb; "
-            "stress: exact under load",
+            "shell: its prompt while events stream; stress: exact under load",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
         argument("--minutes", type=float, default=2, help="of stress (default 2)"),

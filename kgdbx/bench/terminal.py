@@ -9,10 +9,13 @@ import subprocess
 import termios
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import pyte
+
+__all__ = ("Terminal",)
 
 
 class _Screen(pyte.HistoryScreen):
@@ -44,7 +47,14 @@ class _Screen(pyte.HistoryScreen):
 class Terminal:
     """Runs a program in a pseudo terminal that pyte shows.
 
+    One thread notes when bytes come, another one shows them: the first does not wait for pyte.
+
+    :param columns: width of the window
+    :param rows: height of the window
+    :param environment: variables beside those of this process
     :ivar screen: pyte's screen; use it under :attr:`lock`
+    :ivar received: bytes that are shown so far
+    :ivar stamp: what is noted of a moment, see :meth:`answer`; seconds
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class Terminal:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.lock = threading.Condition()
+        self.stamp: Callable[[], tuple[float, ...]] = lambda: (time.monotonic(),)
         self._master, slave = os.openpty()
         self._set_size(columns, rows)
         self.screen = _Screen(columns, rows, self._write)
@@ -70,8 +81,15 @@ class Terminal:
         )
         os.close(slave)
         self.received = 0
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._pieces: deque[tuple[tuple[float, ...], bytes]] = deque()
+        self._piece = threading.Semaphore(0)
+        self._awaited: Callable[[Sequence[str]], bool] | None = None
+        self._came: tuple[float, ...] = ()
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._read, self._show)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def type(self, keys: str) -> None:
         """Press keys."""
@@ -113,6 +131,26 @@ class Terminal:
                 )
         return time.monotonic() - start
 
+    def answer(
+        self, keys: str, holds: Callable[[Sequence[str]], bool], timeout_s: float = 10
+    ) -> tuple[float, ...]:
+        """Press keys, and wait for the output that answers them.
+
+        :param holds: called with the lines that some output has changed; whether it is that
+        :return: differences of :attr:`stamp`, from the keys to the arrival of that output
+        :raises TimeoutError: if it does not come
+        """
+        with self.lock:
+            self._awaited, self._came = holds, ()
+        before = self.stamp()
+        self.type(keys)
+        with self.lock:
+            self.lock.wait_for(lambda: self._came, timeout_s)
+            self._awaited = None
+            if not self._came:
+                raise TimeoutError(f"no answer to {keys!r} in {timeout_s:g} s")
+            return tuple(b - a for a, b in zip(before, self._came, strict=True))
+
     def resize(self, columns: int, rows: int) -> None:
         """Change the size of the window."""
         with self.lock:
@@ -123,7 +161,7 @@ class Terminal:
     def end(self, timeout_s: float = 30) -> int:
         """Wait for the end of the program; its exit status."""
         status = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._join()
         return status
 
     def close(self) -> None:
@@ -135,7 +173,7 @@ class Terminal:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self._reader.join(5)
+        self._join()
         os.close(self._master)
 
     def __enter__(self) -> Self:
@@ -144,6 +182,10 @@ class Terminal:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(5)
+
     def _set_size(self, columns: int, rows: int) -> None:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
@@ -151,14 +193,31 @@ class Terminal:
         os.write(self._master, data)
 
     def _read(self) -> None:
-        while True:
+        data = b"anything"
+        while data:
             try:
                 data = os.read(self._master, 1 << 16)
             except OSError:
-                return
+                data = b""
+            self._pieces.append((self.stamp(), data))
+            self._piece.release()
+
+    def _show(self) -> None:
+        while True:
+            self._piece.acquire()
+            stamp, data = self._pieces.popleft()
             if not data:
                 return
             with self.lock:
+                self.screen.dirty.clear()
                 self._stream.feed(data)
                 self.received += len(data)
+                if self._awaited is not None and not self._came:
+                    lines = [self._line(row) for row in sorted(self.screen.dirty)]
+                    if self._awaited(lines):
+                        self._came = stamp
                 self.lock.notify_all()
+
+    def _line(self, row: int) -> str:
+        cells = self.screen.buffer[row]
+        return "".join(cells[column].data for column in range(self.screen.columns))
