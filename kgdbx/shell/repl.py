@@ -9,7 +9,6 @@ from collections import deque
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import Application
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import EditingMode
@@ -19,6 +18,7 @@ from prompt_toolkit.output import ColorDepth
 
 from kgdbx.errors import KgdbxError
 from kgdbx.machine.cache import cache_dir
+from kgdbx.shell.above import print_above
 from kgdbx.shell.bindings import bindings
 from kgdbx.shell.blocks import Block, split_commands
 from kgdbx.shell.commands import SHELL_COMMANDS
@@ -82,6 +82,7 @@ class _Repl:
             color_depth=None if colour else ColorDepth.DEPTH_1_BIT,
             reserve_space_for_menu=6,
         )
+        self._session.app.max_render_postpone_time = None  # a key is shown before all else
         shell.on_change = self._changed
         for session in shell.sessions.values():
             session.on_change = self._changed
@@ -202,7 +203,7 @@ class _Repl:
         while True:
             await asyncio.sleep(_FRAME_S)
             if self._view is None and (text := self._shell.printer.frame()):
-                _print_above(self._session.app, text)
+                print_above(self._session.app, text)
 
     async def _refresh(self) -> None:
         while True:
@@ -226,21 +227,6 @@ class _Repl:
         with contextlib.suppress(KgdbxError):
             return bool(SHELL_COMMANDS.find(word))
         return False
-
-
-def _print_above(app: Application[str], text: str) -> None:
-    # In one go and in raw mode: run_in_terminal() would have the terminal echo keys meanwhile.
-    output = app.output
-    shown = text.replace("\n", "\r\n")
-    if not app.is_running:
-        output.write_raw(shown)
-        output.flush()
-        return
-    app.renderer.erase(leave_alternate_screen=False)
-    output.write_raw(shown)
-    output.flush()
-    app._request_absolute_cursor_position()
-    app._redraw()
 
 
 def _history() -> History:
