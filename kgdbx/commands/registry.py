@@ -23,7 +23,8 @@ class Argument:
 
     :ivar names: one name for a positional argument, option strings otherwise
     :ivar options: keywords of ``ArgumentParser.add_argument()``
-    :ivar completes: what it is completed with: function, probe, file, vm or variable
+    :ivar completes: what it is completed with: command, file, function, module, probe, session,
+        variable or vm
     :ivar rest: takes the rest of the line as it stands, quotes included
     """
 
@@ -31,6 +32,16 @@ class Argument:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     completes: str = ""
     rest: bool = False
+
+    @property
+    def is_option(self) -> bool:
+        """Whether it is given by name."""
+        return self.names[0].startswith("-")
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether a word follows the name of this option."""
+        return self.is_option and "action" not in self.options
 
 
 def argument(*names: str, completes: str = "", rest: bool = False, **options: Any) -> Argument:
@@ -66,6 +77,27 @@ class Command:
         )
         add_arguments(parser, self)
         return parser
+
+    def expected(self, words: Sequence[str]) -> tuple[Argument | None, list[str]]:
+        """Which argument the last of some words is, for completion.
+
+        :param words: what follows the command's name
+        :return: the argument, None if there is none; and the positional words before it
+        """
+        with_value = {name: a for a in self.arguments if a.takes_value for name in a.names}
+        given: list[str] = []
+        option: Argument | None = None
+        for word in words[:-1]:
+            if option is not None:
+                option = None
+            elif word in with_value:
+                option = with_value[word]
+            elif word and (given or not word.startswith("-")):
+                given.append(word)
+        positional = [a for a in self.arguments if not a.is_option]
+        if option is None and positional:
+            option = positional[min(len(given), len(positional) - 1)]
+        return option, given
 
     def parse(self, line: str, prefix: str = "") -> argparse.Namespace:
         """Parse the text behind a command's name.
@@ -159,12 +191,7 @@ def _split(line: str) -> list[str]:
 def _split_options(line: str, arguments: Sequence[Argument]) -> tuple[list[str], str]:
     # Options come first; what follows them is text, in which quotes and < mean something else.
     options: list[str] = []
-    values = {
-        name: "action" not in each.options
-        for each in arguments
-        for name in each.names
-        if name.startswith("-")
-    }
+    values = {name: a.takes_value for a in arguments if a.is_option for name in a.names}
     text = line.strip()
     while text.startswith("-"):
         word, _, tail = text.partition(" ")

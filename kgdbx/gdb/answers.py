@@ -47,10 +47,20 @@ class Answers:
         if name == "stop":
             return stop(self._context.session, _cpu(), **arguments)
         if name == "evaluate":
-            return self._evaluate(arguments["source"])
+            return self._evaluation().run(arguments["source"])
+        if name == "candidates":
+            return self._evaluation().candidates(arguments["source"])
+        if name == "interrupt":
+            return self._interrupt()
         if name == "histogram":
             return self._histogram(**arguments)
         return VIEWS[name](self._context.session, **arguments)
+
+    def _interrupt(self) -> None:
+        # QEMU's stub drops a break-in that meets a stop: the request stays until the kernel stands.
+        if self._context.attached and self._context.session.target.running:
+            self._context.session.target.request_stop()
+        gdb.execute("interrupt", to_string=True)
 
     def _histogram(self, probe: str, field: str) -> Any:
         # It counts on from the first time that it was asked for.
@@ -60,11 +70,11 @@ class Answers:
             self._histograms[key] = Histogram(session, probe, field)
         return self._histograms[key].result()
 
-    def _evaluate(self, source: str) -> str:
+    def _evaluation(self) -> Evaluator:
         session = self._context.session
         if self._evaluator is None or self._evaluator.session is not session:
             self._evaluator = Evaluator(session, Variables(session.kernel.program))
-        return self._evaluator.run(source)
+        return self._evaluator
 
 
 def answer(number: int, name: str, arguments: str = "{}") -> None:

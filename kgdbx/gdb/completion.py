@@ -36,11 +36,9 @@ def complete(command: Command, context: Context, text: str, word: str) -> list[s
 def _candidates(command: Command, context: Context, words: list[str]) -> Iterable[str] | int:
     if words[-1].startswith("-"):
         return [n for a in command.arguments for n in a.names if n.startswith("--")]
-    positional = [a for a in command.arguments if not a.names[0].startswith("-")]
-    given = [w for w in words[:-1] if w and not w.startswith("-")]
-    if not positional:
+    argument, given = command.expected(words)
+    if argument is None:
         return int(gdb.COMPLETE_NONE)
-    argument = positional[min(len(given), len(positional) - 1)]
     if argument.completes == "file":
         return int(gdb.COMPLETE_FILENAME)
     if argument.completes == "vm":
@@ -56,6 +54,8 @@ def _candidates(command: Command, context: Context, words: list[str]) -> Iterabl
 def _kernel_names(session: Session, what: str, given: list[str], piece: str) -> Iterable[str]:
     if what == "probe":
         return [probe.name for probe in session.probes]
+    if what == "module":
+        return [module.name for module in session.kernel.modules]
     if what == "variable":
         return session.kernel.vmlinux.names()
     if what != "function":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import re
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
@@ -70,6 +71,8 @@ class ShellCompleter(Completer):
         """Candidates, the best first."""
         line = document.current_line_before_cursor
         if self._shell.python or line.lstrip().startswith(">>>"):
+            async for each in self._python(line.lstrip().removeprefix(">>>")):
+                yield each
             return
         words = line.split(" ")
         if len(words) == 1:
@@ -111,11 +114,9 @@ class ShellCompleter(Completer):
             for each in _options(command, piece):
                 yield each
             return
-        positional = [a for a in command.arguments if not a.names[0].startswith("-")]
-        given = [w for w in words[:-1] if w and not w.startswith("-")]
-        if not positional:
+        argument, given = command.expected(words)
+        if argument is None:
             return
-        argument = positional[min(len(given), len(positional) - 1)]
         what = argument.completes
         if what == "function" and argument.rest and given:
             if command.name == "probe" and len(given) < 2:
@@ -139,6 +140,10 @@ class ShellCompleter(Completer):
     ) -> Iterator[Completion]:
         if what == "function":
             yield from self._functions(piece)
+        elif what == "module":
+            yield from self._modules(piece, "")
+        elif what == "command":
+            yield from self._first_words(piece)
         elif what == "variable":
             yield from (Completion(n, -len(piece)) for n in self._knowledge.variables(piece, _MOST))
         elif what == "probe":
@@ -164,10 +169,16 @@ class ShellCompleter(Completer):
             names = self._knowledge.module_functions(module)
             found = [each for each in names if name in each][:_MOST]
         else:
+            yield from self._modules(name, ":")
             found = self._knowledge.functions(name, _MOST)
         for each in found:
             yield Completion(each, -len(name), display_meta=self._signature(each))
         self._knowledge.want_signatures(found[:16])
+
+    def _modules(self, piece: str, behind: str) -> Iterator[Completion]:
+        for name in self._knowledge.modules():
+            if name.startswith(piece) and (piece or not behind):  # functions, if nothing is typed
+                yield Completion(f"{name}{behind}", -len(piece), display_meta="module")
 
     def _signature(self, name: str) -> Any:
         return lambda: self._knowledge.signature(name)
@@ -188,13 +199,20 @@ class ShellCompleter(Completer):
             if start and name.startswith(start):
                 yield Completion(name, -len(start))
 
-    async def _ask(self, name: str, **arguments: Any) -> list[list[str]]:
+    async def _python(self, source: str) -> AsyncGenerator[Completion, None]:
+        word = re.search(r"\w*$", source)
+        start = len(word[0]) if word else 0
+        for name, about in await self._ask("candidates", keep=False, source=source):
+            yield Completion(name, -start, display_meta=about)
+
+    async def _ask(self, name: str, *, keep: bool = True, **arguments: Any) -> list[list[str]]:
         session = self._shell.current
         if session is None:
             return []
+        ask = functools.partial(self._knowledge.ask, session) if keep else session.ask
         try:
             async with asyncio.timeout(_ASK_S):
-                return list(await self._knowledge.ask(session, name, **arguments))
+                return list(await ask(name, **arguments))
         except (KgdbxError, TimeoutError):
             return []
 

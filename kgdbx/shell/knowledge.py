@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from kgdbx.shell.shell import Shell
 from kgdbx.symbols.elf import ElfSymbols
 
 __all__ = ("Knowledge",)
+
+_MODULES_S = 5.0
 
 
 class Knowledge:
@@ -29,6 +33,7 @@ class Knowledge:
         self._loading: dict[Path, asyncio.Future[None]] = {}
         self._answers: dict[tuple[str, str, str], Any] = {}
         self._signatures: dict[str, str] = {}
+        self._modules: dict[str, tuple[float, list[str]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def prepare(self) -> None:
@@ -39,6 +44,8 @@ class Knowledge:
             self._start(self._load(path))
         if not self.gdb_commands and self._shell.current is not None:
             self._start(self._load_commands(self._shell.current))
+        if self._shell.current is not None and self._shell.current.name not in self._modules:
+            self.modules()
 
     async def loaded(self) -> None:
         """Wait for the names of the current kernel, if they are being read."""
@@ -58,6 +65,18 @@ class Knowledge:
     def is_function(self, name: str) -> bool:
         """Whether the current kernel has such a function."""
         return name in self._index(0)
+
+    def modules(self) -> list[str]:
+        """Names of the loaded modules, as they were some seconds ago at most; empty until gdb has
+        told."""
+        session = self._shell.current
+        if session is None:
+            return []
+        at, names = self._modules.get(session.name, (-math.inf, []))
+        if time.monotonic() - at > _MODULES_S and session.status and not session.busy:
+            self._modules[session.name] = (time.monotonic(), names)
+            self._start(self._fetch_modules(session))
+        return names
 
     def module_functions(self, module: str) -> list[str]:
         """Functions of a module; empty until gdb has told."""
@@ -117,6 +136,12 @@ class Knowledge:
 
     async def _fetch(self, session: KernelSession, name: str, **arguments: Any) -> None:
         await self.ask(session, name, **arguments)
+        self._on_news()
+
+    async def _fetch_modules(self, session: KernelSession) -> None:
+        found = await session.ask("modules")
+        names = [str(row["module"]) for row in found["rows"]]
+        self._modules[session.name] = (time.monotonic(), names)
         self._on_news()
 
     async def _fetch_signatures(self, session: KernelSession, functions: list[str]) -> None:

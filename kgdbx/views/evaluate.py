@@ -12,10 +12,12 @@ import drgn
 
 from kgdbx.errors import CommandError
 from kgdbx.session import Session
+from kgdbx.views.python_names import python_names
 
 __all__ = ("Evaluator",)
 
 _NAME = "<shell>"
+_MOST_NAMES = 500
 
 
 class Evaluator:
@@ -42,6 +44,10 @@ class Evaluator:
             found = importlib.import_module(module)
             public = getattr(found, "__all__", None) or [n for n in dir(found) if n[0] != "_"]
             self._names |= {name: getattr(found, name) for name in public}
+
+    def candidates(self, source: str) -> list[list[str]]:
+        """Names that may stand next, see :func:`~kgdbx.views.python_names.python_names`."""
+        return python_names(source, self._names)[:_MOST_NAMES]
 
     def run(self, source: str) -> str:
         """Run statements; the value of the last one, if it is an expression, is printed.

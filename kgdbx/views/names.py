@@ -7,7 +7,7 @@ from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.session import Session
 from kgdbx.symbols.kernel import Function
 
-__all__ = ("members", "module_functions", "parameters", "signatures")
+__all__ = ("members", "members_of_type", "module_functions", "parameters", "signatures")
 
 
 def parameters(session: Session, place: str) -> list[list[str]]:
@@ -34,7 +34,12 @@ def members(session: Session, place: str, path: str) -> list[list[str]]:
     found = next((p.type for p in type_.parameters if p.name == names[0]), None)
     for name in names[1:]:
         found = _member(found, name.partition("[")[0]) if found is not None else None
-    bare = _bare(found) if found is not None else None
+    return members_of_type(found) if found is not None else []
+
+
+def members_of_type(type_: drgn.Type) -> list[list[str]]:
+    """Name and C type of each member of a structure, or of what a pointer points to; else none."""
+    bare = _bare(type_)
     return _all_members(bare) if bare is not None else []
 
 

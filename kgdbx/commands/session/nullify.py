@@ -12,7 +12,13 @@ from kgdbx.session import Session
 
 CALL_ARGUMENTS = (
     argument("--if", dest="condition", metavar="EXPR", help="only if this holds: 'count > 100'"),
-    argument("--from", dest="module", metavar="MODULE", help="only calls from this module"),
+    argument(
+        "--from",
+        dest="module",
+        metavar="MODULE",
+        help="only calls from this module",
+        completes="module",
+    ),
     argument("--name", help="name in listings"),
 )
 """Options that say which calls, of both commands."""

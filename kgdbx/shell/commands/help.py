@@ -24,7 +24,7 @@ F2 top, F3 hist, F4 stop, F5 tasks, F6 modules, F7 slabs, Alt-1..9 sessions."""
 @SHELL_COMMANDS.command(
     name="help",
     summary="List the commands, or tell about one.",
-    arguments=(argument("topic", nargs="*", help="a command"),),
+    arguments=(argument("topic", nargs="*", help="a command", completes="command"),),
 )
 async def help_(shell: "Shell", args: argparse.Namespace) -> int:
     topic = " ".join(args.topic)

@@ -42,5 +42,13 @@ for _name, _summary in VIEW_SUMMARIES.items():
         name=_name,
         summary=_summary,
         description="In a terminal it is live, and q ends it; otherwise it is shown once.",
-        arguments=(argument("arguments", nargs="*", metavar="ARGUMENT", help="see above"),),
+        arguments=(
+            argument(
+                "arguments",
+                nargs="*",
+                metavar="ARGUMENT",
+                help="see above",
+                completes="probe" if _name == "hist" else "",
+            ),
+        ),
     )(_make(_name))
