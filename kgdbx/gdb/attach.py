@@ -15,10 +15,11 @@ from kgdbx.target.serial_line import is_tty
 __all__ = ("connect",)
 
 
-def connect(where: str, vmlinux: str | None) -> Session:
+def connect(where: str, vmlinux: str | None, *, keys: bool = True) -> Session:
     """Attach gdb, and kgdbx through it.
 
     :param where: VM name, socket or ``host:port``; empty for the connection that gdb has
+    :param keys: whether ^C comes to gdb, and means the kernel
     :raises CommandError: if it is not clear what to attach to
     """
     if where.startswith("kgdb:") or (where and is_tty(where)):
@@ -50,7 +51,7 @@ def connect(where: str, vmlinux: str | None) -> Session:
     except BaseException:
         session.close()
         raise
-    Poller(session)
+    Poller(session, target, keys=keys)
     return session
 
 

@@ -1,6 +1,7 @@
 """Put the commands into a running gdb."""
 
 import contextlib
+import functools
 
 import gdb
 
@@ -32,7 +33,9 @@ def load() -> None:
     if major < _OLDEST_GDB:
         raise gdb.GdbError(f"kgdbx needs gdb {_OLDEST_GDB} or newer, this is {gdb.VERSION}")
     channel = open_channel()
-    context = Context(GdbOutput(), connect, gdb_style(), channel)
+    # A program that runs this gdb takes the keys, and asks for what it wants.
+    attach = functools.partial(connect, keys=channel is None)
+    context = Context(GdbOutput(), attach, gdb_style(), channel)
     _loaded.append(context)
     Answers(context, channel)
     Prefix()

@@ -1,4 +1,4 @@
-"""Events of resident probes in gdb, where the user's own ``continue`` lets the kernel run."""
+"""What goes on beside the user's own ``continue`` in gdb: events of resident probes, and ^C."""
 
 import contextlib
 import os
@@ -7,7 +7,9 @@ import traceback
 
 import gdb
 
+from kgdbx.gdb.control_c import ControlC
 from kgdbx.session import Session
+from kgdbx.target.gdb_inferior import GdbTarget
 
 __all__ = ("Poller",)
 
@@ -20,17 +22,25 @@ _AT_STOP_S = 2.0
 
 class Poller:
     """Has a session hand out its events in gdb's own thread: again and again while the kernel
-    runs, and when it stops. It ends with the session.
+    runs, and when it stops. And has a kernel stop that is asked to, until it stands: a break-in is
+    lost if the kernel stands at a breakpoint just then. It ends with the session.
 
     gdb crashes if it exits with an event that was posted and not taken. So nothing is posted
-    but while there are resident probes and the kernel runs, and the session is not being closed:
-    to take those probes out, the kernel runs once more, and gdb takes the event. A gdb that is
-    ended by a signal while the kernel runs takes none any more: it ends without its own ending
-    then, whose work is to let go of the kernel, which was done.
+    but while there are resident probes, or the kernel is to stop, and the kernel runs, and the
+    session is not being closed: to take those probes out, the kernel runs once more, and gdb takes
+    the event. A gdb that is ended by a signal while the kernel runs takes none any more: it ends
+    without its own ending then, whose work is to let go of the kernel, which was done.
+
+    :param target: the session's
+    :param keys: whether ^C comes to gdb
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, target: GdbTarget, *, keys: bool) -> None:
         self._session = session
+        self._target = target
+        self._control_c = ControlC(target) if keys else None
+        if self._control_c is not None:
+            target.on_hit = self._control_c.arm
         self._runs = threading.Event()
         self._taken = threading.Event()
         self._taken.set()
@@ -43,7 +53,10 @@ class Poller:
         threading.Thread(target=self._tick, name="kgdbx-poll", daemon=True).start()
 
     def _on_cont(self, event: object) -> None:
-        self._runs.set()
+        if not self._runs.is_set():
+            if self._control_c is not None:
+                self._control_c.begin()
+            self._runs.set()
 
     def _on_stop(self, event: object) -> None:
         with self._posting:  # what comes now is the way out, perhaps: nothing more is posted
@@ -64,13 +77,15 @@ class Poller:
         while not self._session.closed:
             self._runs.wait()
             pause.wait(_PAUSE_S if self._rest else _POLL_S)
+            if (keys := self._control_c) is not None and keys.pressed:
+                self._target.request_stop()
             if self._post():
                 self._taken.wait()
 
     def _post(self) -> bool:
         with self._posting:
-            due = self._runs.is_set() and self._session.resident.engine.is_open
-            if due and not (self._session.closed or self._exiting):
+            due = self._session.resident.engine.is_open or self._target.stop_requested
+            if due and self._runs.is_set() and not (self._session.closed or self._exiting):
                 self._taken.clear()
                 gdb.post_event(self._take)
                 return True
@@ -81,17 +96,26 @@ class Poller:
             if self._session.closed:
                 self._end()
             else:
+                if self._target.stop_requested and self._runs.is_set():
+                    self._interrupt()
                 self._rest = self._session.poll(_BUDGET_S if self._runs.is_set() else _AT_STOP_S)
         except KeyboardInterrupt:  # gdb would drop it
-            with contextlib.suppress(gdb.error):  # the kernel stands already
-                gdb.execute("interrupt", to_string=True)
+            self._target.request_stop()
+            self._interrupt()
         except Exception:  # nobody is there to catch it, and gdb would say next to nothing
             traceback.print_exc()
             self._end()
         finally:
             self._taken.set()
 
+    def _interrupt(self) -> None:
+        with contextlib.suppress(gdb.error):  # the kernel stands already
+            gdb.execute("interrupt", to_string=True)
+
     def _end(self) -> None:
+        if self._control_c is not None:
+            self._control_c.end()
+            self._control_c = None
         with contextlib.suppress(ValueError):  # the second time
             gdb.events.cont.disconnect(self._on_cont)
             gdb.events.stop.disconnect(self._on_stop)

@@ -1,21 +1,16 @@
 """The scan's inner loops, compiled once by the host's gcc."""
 
 import ctypes
-import hashlib
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kgdbx.errors import MachineError
-from kgdbx.machine.cache import cache_dir, populate
+from kgdbx.machine.native import load_library
 
 __all__ = ("Tables", "load_native", "pointer")
 
 _SOURCE = Path(__file__).with_name("heap_walk.c")
-_CFLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
-_COMPILE_S = 120.0
 
 
 class Tables(ctypes.Structure):
@@ -53,10 +48,7 @@ def load_native() -> ctypes.CDLL:
 
     :raises MachineError: if there is no gcc
     """
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(source + " ".join(_CFLAGS).encode()).hexdigest()[:16]
-    directory = cache_dir() / "native" / f"heap_walk-{key}"
-    library = ctypes.CDLL(str(populate(directory, _build) / "heap_walk.so"))
+    library = load_library(_SOURCE)
     word, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
     library.edges_of_records.argtypes = [address, address, word, word, *[address] * 4]
     library.edges_of_records.restype = signed
@@ -75,13 +67,3 @@ def pointer(array: "np.ndarray[Any, Any]") -> int:
     """Where the items of a contiguous array are; the caller keeps the array."""
     assert array.flags.c_contiguous
     return int(array.ctypes.data)
-
-
-def _build(scratch: Path) -> None:
-    argv = ["gcc", *_CFLAGS, "-o", str(scratch / "heap_walk.so"), str(_SOURCE)]
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_COMPILE_S)
-    except FileNotFoundError as e:
-        raise MachineError("no gcc on this machine; run: make setup") from e
-    if done.returncode != 0:
-        raise MachineError(f"gcc refuses {_SOURCE.name}: {done.stderr.strip()}")

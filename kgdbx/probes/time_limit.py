@@ -8,7 +8,7 @@ from types import FrameType
 
 from kgdbx.errors import HandlerTimeout
 
-__all__ = ("time_limit",)
+__all__ = ("is_whole", "time_limit")
 
 # Interrupted between a packet and its answer, every later answer would be taken for another one;
 # interrupted in the manager, a breakpoint could be in the guest and in no list.
@@ -31,7 +31,7 @@ def time_limit(limit_s: float | None) -> Iterator[None]:
         return
 
     def expired(signum: int, frame: FrameType | None) -> None:
-        if _is_whole(frame):
+        if is_whole(frame):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
             return
         raise HandlerTimeout(
@@ -48,9 +48,13 @@ def time_limit(limit_s: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _is_whole(frame: FrameType | None) -> bool:
-    # Whether the handler is in something that must not be left half done. What called the handler
-    # is no part of that.
+def is_whole(frame: FrameType | None) -> bool:
+    """Whether a signal meets something that must not be left half done.
+
+    What called the user's handler is no part of that.
+
+    :param frame: of the signal's handler
+    """
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(_WHOLE):

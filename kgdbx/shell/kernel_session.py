@@ -19,8 +19,8 @@ __all__ = ("KernelSession", "State")
 
 State = Literal["detached", "stopped", "running", "lost"]
 
-_INTERRUPT_TRIES = 40
-_RETRY_S = 0.25
+_INTERRUPT_TRIES = 10
+_RETRY_S = 1.0
 _RESUMES = ("continue", "c", "fg")
 
 
@@ -201,14 +201,15 @@ class KernelSession:
     async def interrupt(self) -> Reply:
         """Stop the kernel; does nothing if it stands.
 
-        QEMU's stub drops a break-in that meets a stop: then it takes another one.
+        QEMU's stub drops a break-in that meets a stop. gdb asks again where kgdbx is attached; here
+        it is asked for the sake of the others.
         """
         reply = Reply()
         for _ in range(_INTERRUPT_TRIES):
             if self.state != "running":
                 return reply
-            reply = await self._process.request("-exec-interrupt --all")
             with contextlib.suppress(TimeoutError):
+                await self._process.ask("interrupt")
                 await self.wait_stopped(_RETRY_S)
                 return reply
         reply.error = "the kernel does not stop; is its VM alive?"

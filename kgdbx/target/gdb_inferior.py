@@ -68,6 +68,7 @@ class GdbTarget(Target):
 
     def __init__(self, address: str | None = None, *, ram: GuestRam | None = None) -> None:
         self.on_stop: Callable[[Stop], bool] | None = None
+        self.on_hit: Callable[[], None] = lambda: None
         self.errors: list[BaseException] = []
         self._ram = ram
         self._owns_connection = address is not None
@@ -126,6 +127,16 @@ class GdbTarget(Target):
     @property
     def _connected(self) -> bool:
         return bool(self._connection.is_valid()) and not self._exited
+
+    @property
+    def in_hit(self) -> bool:
+        """Whether gdb asks about a hit of one of our breakpoints."""
+        return self._hit_cpu is not None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the kernel is to stop, and runs still."""
+        return self._stop_requested
 
     def cpus(self) -> tuple[int, ...]:
         return tuple(sorted(self._threads()))
@@ -432,6 +443,7 @@ class GdbTarget(Target):
         kind, address, _ = ours.key
         watch = kind >= BreakpointKind.WATCH_WRITE
         self._hits += 1
+        self.on_hit()
         self._hit_cpu = self._general_cpu = cpu = self._selected_cpu()
         self._pc = None
         reason = StopReason.WATCHPOINT if watch else StopReason.TRAP
@@ -473,6 +485,9 @@ class GdbTarget(Target):
         if run is not None:
             keep = keep and not self._is_ending(run)
             run.hit = None if keep else stop
+        elif keep and self._stop_requested:
+            keep = False
+            self._stop = dataclasses.replace(stop, reason=StopReason.INTERRUPT, signal=2)
         return keep
 
     def _note(self, error: BaseException) -> None:
@@ -500,7 +515,10 @@ class GdbTarget(Target):
         self._exited = True
 
     def _on_stop_event(self, event: Any) -> None:
-        if self._run is not None or getattr(event, "stop_signal", None) != "SIGINT":
+        if self._run is not None:
+            return
+        self._stop_requested = False
+        if getattr(event, "stop_signal", None) != "SIGINT":
             return
         # The user's next 'continue' would step over a breakpoint that is about to be hit.
         ours = self._at(int(gdb.newest_frame().pc()))
