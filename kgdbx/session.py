@@ -52,6 +52,7 @@ _NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
 
 _GLOB_LIMIT = 500
 _DRAIN_S = 0.25
+_SLICE_S = 0.01
 
 
 class Refused(KgdbxError):
@@ -495,7 +496,12 @@ class Session:
         """
         if not self.resident.engine.is_open or self.resident.engine.calling or self._closed:
             return False
-        return self._idle(None if budget_s is None else time.monotonic() + budget_s)
+        deadline = math.inf if budget_s is None else time.monotonic() + budget_s
+        # A part at a time: what listeners do with the events takes longer than to read them.
+        while rest := self._idle(min(deadline, time.monotonic() + _SLICE_S)):
+            if time.monotonic() > deadline:
+                break
+        return rest
 
     def _beside(self) -> None:
         self._idle()

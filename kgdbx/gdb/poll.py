@@ -18,6 +18,7 @@ _POLL_S = 0.1
 _BUDGET_S = 0.03
 _PAUSE_S = 0.005
 _AT_STOP_S = 2.0
+_AT_KEY_S = 0.3  # somebody waits for the prompt
 
 
 class Poller:
@@ -61,7 +62,10 @@ class Poller:
     def _on_stop(self, event: object) -> None:
         with self._posting:  # what comes now is the way out, perhaps: nothing more is posted
             self._runs.clear()
-        self._take()
+            if not self._target.in_run:
+                self._target.forget_stop_request()
+        pressed = self._control_c is not None and self._control_c.pressed
+        self._take(_AT_KEY_S if pressed else _AT_STOP_S)
         if self._rest and not self._session.closed:
             gdb.write("kgdbx: more events wait; they are shown when the kernel runs on\n")
 
@@ -77,36 +81,46 @@ class Poller:
         while not self._session.closed:
             self._runs.wait()
             pause.wait(_PAUSE_S if self._rest else _POLL_S)
-            if (keys := self._control_c) is not None and keys.pressed:
-                self._target.request_stop()
             if self._post():
                 self._taken.wait()
 
     def _post(self) -> bool:
         with self._posting:
-            due = self._session.resident.engine.is_open or self._target.stop_requested
-            if due and self._runs.is_set() and not (self._session.closed or self._exiting):
+            if not self._runs.is_set() or self._session.closed or self._exiting:
+                return False
+            if (keys := self._control_c) is not None and keys.pressed:
+                self._target.request_stop()
+            if self._session.resident.engine.is_open or self._target.stop_requested:
                 self._taken.clear()
-                gdb.post_event(self._take)
+                gdb.post_event(self._beside)
                 return True
         return False
 
-    def _take(self) -> None:
+    def _beside(self) -> None:
+        # Posted. The kernel may have stopped since: then all is done.
         try:
+            if self._runs.is_set():
+                self._take(_BUDGET_S)
+        finally:
+            self._taken.set()
+
+    def _take(self, budget_s: float) -> None:
+        try:
+            if self._control_c is not None:
+                self._control_c.arm()
             if self._session.closed:
                 self._end()
-            else:
-                if self._target.stop_requested and self._runs.is_set():
-                    self._interrupt()
-                self._rest = self._session.poll(_BUDGET_S if self._runs.is_set() else _AT_STOP_S)
+                return
+            if self._target.stop_requested and self._runs.is_set():
+                self._interrupt()
+            self._rest = self._session.poll(budget_s)
         except KeyboardInterrupt:  # gdb would drop it
-            self._target.request_stop()
-            self._interrupt()
+            if self._runs.is_set():
+                self._target.request_stop()
+                self._interrupt()
         except Exception:  # nobody is there to catch it, and gdb would say next to nothing
             traceback.print_exc()
             self._end()
-        finally:
-            self._taken.set()
 
     def _interrupt(self) -> None:
         with contextlib.suppress(gdb.error):  # the kernel stands already

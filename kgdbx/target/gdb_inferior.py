@@ -134,6 +134,11 @@ class GdbTarget(Target):
         return self._hit_cpu is not None
 
     @property
+    def in_run(self) -> bool:
+        """Whether :meth:`run` is under way; otherwise it is the user who lets the kernel run."""
+        return self._run is not None
+
+    @property
     def stop_requested(self) -> bool:
         """Whether the kernel is to stop, and runs still."""
         return self._stop_requested
