@@ -1,7 +1,8 @@
 """The ``kgdbx`` program.
 
 Exit status: 0 all is well, 1 findings (a guest command failed, a handler raised, a check failed),
-2 wrong use, 3 the kernel, VM or stub cannot be had, 4 no findings but not all was looked at, 130
+2 wrong use or what cannot be
+probed, 3 the kernel, VM or stub cannot be had, 4 no findings but not all was looked at, 130
 ended by ^C.
 """
 
@@ -19,7 +20,8 @@ import kgdbx.shell.program
 from kgdbx.commands import program
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import add_arguments
-from kgdbx.errors import CommandError, DefinitionError, KgdbxError
+from kgdbx.errors import CommandError, KgdbxError, ProbeError
+from kgdbx.session import Refused
 
 __all__ = ("main",)
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, _end)  # so that sessions are closed and VMs are stopped
     try:
         return args.run(sys.stdout, args) or 0
-    except (CommandError, DefinitionError) as e:
+    except (CommandError, ProbeError, Refused) as e:
         return _fail(e, 2)
     except KgdbxError as e:
         return _fail(e, 3)

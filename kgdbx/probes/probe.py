@@ -7,7 +7,6 @@ import enum
 import errno
 import itertools
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ import drgn
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError
 from kgdbx.probes.time_limit import time_limit
+from kgdbx.probes.user_trace import user_trace
 from kgdbx.symbols.tasks import Task
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class HandlerFault:
 
     :ivar handler: name of the handler
     :ivar error: what it raised
-    :ivar trace: its traceback
+    :ivar trace: its traceback, from the handler on
     """
 
     handler: str
@@ -224,8 +224,7 @@ class Probe(abc.ABC):
     def record_fault(self, handler: str, error: Exception) -> None:
         """Keep an error of a handler, count it, and tell the manager's listeners."""
         self.nfaults += 1
-        trace = "".join(traceback.format_exception(error))
-        fault = HandlerFault(handler, error, trace)
+        fault = HandlerFault(handler, error, user_trace(error))
         self.faults.append(fault)
         if self.manager is not None:
             self.manager.report_fault(self, fault)

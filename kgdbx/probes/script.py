@@ -31,6 +31,7 @@ from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
 from kgdbx.probes.probe import Probe
+from kgdbx.probes.user_trace import user_trace
 from kgdbx.probes.watch import Watch
 
 __all__ = ("jprobe", "kprobe", "kretprobe", "read_script", "watch")
@@ -104,13 +105,16 @@ def read_script(path: Path, names: Mapping[str, Any]) -> tuple[list[Probe], dict
 
     :param names: its global names
     :return: its probes in the order in which they are defined, and its global names
-    :raises CommandError: if the file cannot be read, or defines no probe
+    :raises CommandError: if the file cannot be read or raises, or defines no probe
     """
     try:
         path.open("rb").close()
     except OSError as e:
         raise CommandError(f"cannot read the probe script {path}: {e.strerror}") from e
-    namespace = runpy.run_path(str(path), init_globals=dict(names), run_name="__kgdbx__")
+    try:
+        namespace = runpy.run_path(str(path), init_globals=dict(names), run_name="__kgdbx__")
+    except Exception as e:
+        raise _failed(path, e) from e
     makers = [maker for value in namespace.values() for maker in getattr(value, _MARK, ()) if maker]
     probes = [make() for make in dict.fromkeys(makers)]
     if not probes and "start" not in namespace:
@@ -118,6 +122,10 @@ def read_script(path: Path, names: Mapping[str, Any]) -> tuple[list[Probe], dict
             f"{path} defines no probe; mark a handler with @kprobe, @jprobe, @kretprobe or @watch"
         )
     return probes, namespace
+
+
+def _failed(path: Path, error: Exception) -> CommandError:
+    return CommandError(f"the probe script {path} failed:\n{user_trace(error).rstrip()}")
 
 
 def _marker(make: Callable[[_Handler], Probe]) -> Callable[[_Handler], _Handler]:

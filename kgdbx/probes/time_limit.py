@@ -35,8 +35,8 @@ def time_limit(limit_s: float | None) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
             return
         raise HandlerTimeout(
-            f"handlers ran longer than {limit_s:g} s with the guest stopped; do the work on a "
-            "queue after the hit, or raise the limit (handler_limit_s)"
+            f"handlers ran longer than {limit_s:g} s with the guest stopped; do the work after "
+            "the hit, or set session.probes.handler_limit_s in start(session) of the script"
         )
 
     previous = signal.signal(signal.SIGALRM, expired)

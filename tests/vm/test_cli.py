@@ -165,6 +165,7 @@ def test_script_and_its_fault(vm: Vm, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.splitlines() == [f"caller-0 {n}" for n in range(1, 6)]
     assert "RuntimeError: on purpose" in done.stderr
+    assert "/kgdbx/probes/" not in done.stderr  # the way to the handler is of no interest
     assert is_unpatched(vm)
 
 
@@ -183,29 +184,12 @@ def test_examples(vm: Vm, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (("probe", "p vfs_read"), 2, "name a kernel: --vm NAME"),
-        (("probe", "--vm", "nosuch", "p vfs_read"), 3, "nosuch"),
-        (("probe", "--connect", "/nowhere/gdb.sock", "p x"), 2, "give the vmlinux"),
-        (("vm", "stop"), 2, "name the VMs to stop"),
-        (("vm", "exec", "nosuch", "true"), 3, "nosuch"),
-    ],
-)
-def test_wrong_use(arguments: tuple[str, ...], status: int, message: str) -> None:
-    done = kgdbx(*arguments)
-    assert done.returncode == status
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
     ("definition", "status", "message"),
     [
-        ("p vfs_raed", 3, "nearest: vfs_read"),
-        ("p vfs_read+2", 3, "inside the instruction that starts at vfs_read+0x0"),
+        ("p vfs_raed", 2, "nearest: vfs_read"),
+        ("p vfs_read+2", 2, "inside the instruction that starts at vfs_read+0x0"),
         ("p vfs_read (", 2, "^"),
-        ("p vfs_read nosuch", 3, "parameters: file, buf, count, pos"),
+        ("p vfs_read nosuch", 2, "parameters: file, buf, count, pos"),
     ],
 )
 def test_bad_definitions(vm: Vm, definition: str, status: int, message: str) -> None:
