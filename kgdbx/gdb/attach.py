@@ -10,6 +10,7 @@ from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session, open_ram
 from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.rsp import release_stub
 from kgdbx.target.serial_line import is_tty
 
 __all__ = ("connect",)
@@ -33,6 +34,7 @@ def connect(where: str, vmlinux: str | None, *, keys: bool = True) -> Session:
         if gdb.selected_inferior().pid:
             # gdb would end the other connection by killing its VM.
             raise CommandError("gdb is connected; detach first, or use 'kgdbx attach' alone")
+        release_stub(address)  # gdb would wait for minutes where another debugger is attached
         try:
             gdb.execute(f"target remote {address}", to_string=True)
         except gdb.error as e:

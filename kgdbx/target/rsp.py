@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from kgdbx.arch.registers import Registers
-from kgdbx.errors import ProbeError, ProtocolError, TargetLost, Unsupported
+from kgdbx.errors import ProbeError, ProtocolError, TargetLost, TargetTimeout, Unsupported
 from kgdbx.target import stub
 from kgdbx.target.base import (
     DEBUG_REGISTERS,
@@ -22,7 +22,7 @@ from kgdbx.target.idle import IdleCalls
 from kgdbx.target.packet import PacketConnection, connect_stream
 from kgdbx.target.ram import GuestRam
 
-__all__ = ("RspTarget",)
+__all__ = ("RspTarget", "release_stub")
 
 _ANSWER_S = 5.0
 
@@ -51,7 +51,8 @@ class RspTarget(Target):
         self._running = False
         self._closed = False
         self._register_thread: int | None = None
-        self._connection = self._clean_connection()
+        release_stub(address, answer_s)
+        self._connection = PacketConnection(connect_stream(address, answer_s))
         try:
             self._packet_bytes = self._handshake()
             self._stop = stub.parse_stop(self._exchange(b"?"))
@@ -311,21 +312,6 @@ class RspTarget(Target):
 
     # Protocol
 
-    def _clean_connection(self) -> PacketConnection:
-        # A detach drops all breakpoints of a debugger that died. It ends the attachment too, so
-        # connect twice.
-        for attempt in range(2):
-            connection = PacketConnection(connect_stream(self._address, self._answer_s))
-            if attempt:
-                return connection
-            try:
-                connection.send(b"D;1")
-                while connection.receive(self._answer_s) not in (b"OK", b""):
-                    pass  # the stop reply that QEMU before 9.0 sends on connect
-            finally:
-                connection.close()
-        raise AssertionError("unreachable")
-
     def _handshake(self) -> int:
         self._connection.send(b"qSupported:multiprocess+;xmlRegisters=i386;vContSupported+")
         while True:
@@ -377,6 +363,29 @@ class RspTarget(Target):
     def _require_stopped(self, what: str) -> None:
         if self._running:
             raise Unsupported(f"{what} needs a stopped kernel; interrupt it first")
+
+
+def release_stub(address: str, answer_s: float = _ANSWER_S) -> None:
+    """Have a stub drop the breakpoints of a debugger that died, before it is connected to.
+
+    They go with a detach, which ends the attachment too.
+
+    :param address: path of the stub's Unix socket, or ``host:port``
+    :param answer_s: seconds that the stub has for an answer
+    :raises TargetTimeout: if it gives none, as while another debugger is attached
+    :raises TargetError: if nothing listens there
+    """
+    connection = PacketConnection(connect_stream(address, answer_s))
+    try:
+        connection.send(b"D;1")
+        while connection.receive(answer_s) not in (b"OK", b""):
+            pass  # the stop reply that QEMU before 9.0 sends on connect
+    except TargetTimeout as e:
+        raise TargetTimeout(
+            f"{e}: {address} serves one debugger at a time, and another one may be attached"
+        ) from e
+    finally:
+        connection.close()
 
 
 def _until(moment: float) -> float | None:

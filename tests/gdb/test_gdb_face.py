@@ -148,9 +148,13 @@ def test_errors_are_one_line_and_no_traceback(vm: Vm) -> None:
 
 def test_errors_without_a_kernel() -> None:
     assert "no kernel is attached" in run_gdb("kgdbx kprobe vfs_read")
-    assert "no running VM" in run_gdb("kgdbx attach nosuch") or "nosuch" in run_gdb(
-        "kgdbx attach nosuch"
-    )
+    assert "there is no VM nosuch; running: " in run_gdb("kgdbx attach nosuch")
+
+
+def test_a_vm_with_another_debugger_is_refused_soon(vm: Vm) -> None:
+    with Session.attach_vm(vm.info):
+        assert "serves one debugger at a time" in run_gdb(f"kgdbx attach {vm.name}")
+    assert is_unpatched(vm)
 
 
 def test_interrupt_stops_the_kernel_and_quit_cleans(endless: Vm) -> None:
