@@ -17,7 +17,7 @@ from kgdbx.resident.ring import Stream
 __all__ = ("entry_cost",)
 
 _CODE, _DATA = 0x40000000, 0x50000000  # within reach of a sign-extended push
-_PROBE, _CONTROL, _RING = _DATA, _DATA + 0x100, _DATA + 0x10000
+_PROBE, _CONTROL, _CHUNKS, _RING = _DATA, _DATA + 0x100, _DATA + 0x200, _DATA + 0x10000
 _RESUME = _CODE + 0x10105  # native.c
 _SLOT_BYTES, _SLOTS = 64, 16384
 _POSITION, _COUNTERS = 0x200, 0x300  # behind gs
@@ -45,7 +45,7 @@ def entry_cost(rounds: int) -> Iterator[Figure]:
 
 def _image() -> tuple[bytes, int]:
     unit = Unit(_FACTS, {})
-    stream = Stream(_SLOT_BYTES, _SLOTS, False, _POSITION, _CONTROL)
+    stream = Stream(_SLOT_BYTES, _SLOTS, _SLOTS, False, _POSITION, _CONTROL)
     handler = unit.handler("p", _ONE_FIELD, stream)
     unit.site(0, [StubCall(_PROBE, handler)], 16)
     linked = compile_unit(unit.text).link(_CODE, 0, lambda name: 0)
@@ -54,7 +54,8 @@ def _image() -> tuple[bytes, int]:
     jump = b"\xe9" + (_RESUME - tail - 5).to_bytes(4, "little", signed=True)
     code[tail - _CODE : tail - _CODE + 5] = jump
     data = struct.pack("<QQIIIIQ", _COUNTERS, 0, 0, 0, 1, 0, 0).ljust(0x100, b"\0")
-    data += struct.pack("<QQQQ", _RING, 0, 0, 0)
+    data += struct.pack("<QQQQ", _CHUNKS, 0, 0, 0).ljust(0x100, b"\0")
+    data += struct.pack("<Q", _RING)
     return bytes(code).ljust(1 << 16, b"\xcc") + data, linked.symbols["site_0"]
 
 

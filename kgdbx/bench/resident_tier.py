@@ -3,6 +3,9 @@
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 
 from kgdbx.bench.calls import (
     CALLED,
@@ -21,11 +24,14 @@ from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import configure
 from kgdbx.probes.definition import parse_definition
 from kgdbx.session import Refused, Session
+from kgdbx.trace.binary import FILE_HEADER, FRAME_HEADER, FrameType
+from kgdbx.trace.recording_writer import RecordingWriter
 
 __all__ = ("measure",)
 
 _RING_EVENTS = 10_000_000
-_RING_BYTES = 4 << 20  # the host shares its two cores with the guest's vCPUs
+_RING_BYTES = 16 << 20  # what 'kgdbx trace' has
+_RING_S = 300.0
 _TRACED = 1000
 
 
@@ -77,16 +83,20 @@ def _beside_gdb(rounds: int) -> Iterator[Figure]:
 
 
 def _ring() -> Iterator[Figure]:
-    # Once, from the guest to a file: what the host keeps up with, and that nothing is missing.
+    # Once, from the guest to a file, as 'kgdbx trace --raw' does it.
     with (
         clone(make_template(configure("6.1", smp=2))) as vm,
+        tempfile.TemporaryDirectory(prefix="kgdbx-bench-") as directory,
         Session.attach_vm(vm.info) as session,
-        tempfile.TemporaryFile() as file,
     ):
-        definition = parse_definition(f"p {CALLED} pid")
-        engine = session.resident.engine
+        path = Path(directory) / "events"
+        engine, reader = session.resident.engine, session.resident.reader
         engine.ring_bytes = _RING_BYTES
-        session.define_many([definition], tier="resident", inlined_copies=False)
+        definition = parse_definition(f"p {CALLED} pid")
+        (probe,) = session.define_many([definition], tier="resident", inlined_copies=False)
+        writer = RecordingWriter(path, engine.clock)
+        writer.add_probes(reader.layouts())
+        command = vm.start(f"caller 2 {_RING_EVENTS}")
         spent, taken = 0.0, 0
 
         def take() -> None:
@@ -94,22 +104,44 @@ def _ring() -> Iterator[Figure]:
             start = time.perf_counter()
             before = taken
             for batch in engine.drain():
-                file.write(batch.records.data)
+                writer.write_batch(batch.records)
                 taken += len(batch.records)
             if taken > before:  # looking in vain is not draining
                 spent += time.perf_counter() - start
+            if command.poll() is not None:
+                session.target.request_stop()
 
-        command = vm.start(f"caller 2 {_RING_EVENTS}")
         start = time.perf_counter()
-        while command.poll() is None:
-            session.target.run(session.probes.on_stop, 0.5, take)
+        session.target.run(session.probes.on_stop, _RING_S, take)
         take()
+        session.target.forget_stop_request()
         elapsed = time.perf_counter() - start
-        lost = engine.lost()
-        if taken != _RING_EVENTS or lost:
-            raise MachineError(f"{taken} received and {lost} lost of {_RING_EVENTS}")
+        writer.close()
+        lost, hits = engine.lost(), probe.hits
+        recorded = _count_records(path)
+        if recorded != taken or taken + lost != hits or hits != _RING_EVENTS:
+            raise MachineError(f"{recorded} recorded, {taken} taken, {lost} lost of {hits} hits")
     yield figure("ring.events_per_s", [taken / spent], "1/s")
-    yield figure("ring.guest_events_per_s", [taken / elapsed], "1/s")
+    yield figure("ring.guest_events_per_s", [hits / elapsed], "1/s")
+    yield figure("ring.lost", [lost], "1")
+
+
+def _count_records(path: Path) -> int:
+    # How many different records a recording has.
+    total, numbers = 0, []
+    with path.open("rb") as file:
+        file.seek(FILE_HEADER.size)
+        while header := file.read(FRAME_HEADER.size):
+            size, kind, _, record_bytes, items = FRAME_HEADER.unpack(header)
+            data = np.frombuffer(file.read(size), np.uint8)
+            if kind == FrameType.RECORDS:
+                records = data.reshape(items, record_bytes)
+                numbers.append(records[:, :8].copy().view("<u8").ravel())
+                total += items
+    found = len(np.unique(np.concatenate(numbers)))
+    if found != total:
+        raise MachineError(f"{total - found} records twice in {path}")
+    return found
 
 
 def _many(rounds: int) -> Iterator[Figure]:

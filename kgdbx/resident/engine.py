@@ -47,7 +47,8 @@ class Engine:
     :param dispatch: handles stops that come while the guest makes calls for us
     :param ram: the guest's RAM seen from the host; None drains at stops only
     :param make_journal: makes the journal when the first probe is placed
-    :param ring_bytes: size of each CPU's rings
+    :param ring_bytes: size of each CPU's rings, a power of two; there is one for each size of
+        records, and less if the guest has no more
     :param overwrite: the newest records win when the host does not keep up
     :ivar ring_bytes: what rings that are still to be made get
     :ivar overwrite: as given, for rings that are still to be made
@@ -321,6 +322,12 @@ class Engine:
     def lost(self) -> int:
         """Records that were lost so far because a ring was full, or overwritten."""
         return sum(stream.lost(self.host) for stream in self._streams)
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        """Size of the smallest ring; None without any."""
+        sizes = (stream.slots * stream.slot_bytes for stream in self._streams)
+        return min(sizes, default=None)
 
     def table(self, shape: MapShape) -> Table | None:
         """The tables of a map, if any probe has added to it."""

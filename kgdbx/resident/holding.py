@@ -13,7 +13,7 @@ from kgdbx.resident.guest_call import Call, GuestCaller, Script
 from kgdbx.resident.heap import Heap
 from kgdbx.resident.host import HostView
 from kgdbx.resident.journal import Journal
-from kgdbx.resident.memory import GuestMemory, Window
+from kgdbx.resident.memory import PAGE_BYTES, GuestMemory, Window, free_bytes
 from kgdbx.resident.program import Program, user_code
 from kgdbx.resident.returns import NEXT_AT, SLOT_BYTES
 from kgdbx.resident.ring import Stream, make_stream, slot_size
@@ -25,6 +25,7 @@ __all__ = ("Holding", "take_hold")
 _COUNTERS_BYTES = 32  # struct counters
 _COUNTERS_CHUNK_BYTES = 2048
 _RING_CONTROL_BYTES = 32  # struct ring
+_RINGS_SHARE = 4
 _PER_CPU_S = 5.0
 
 
@@ -77,7 +78,8 @@ class Holding:
     ) -> Script[None]:
         """Take what programs need, and give them their places in it.
 
-        :param ring_bytes: size of each CPU's rings
+        :param ring_bytes: size of each CPU's rings, a power of two; less if that is more than a
+            quarter of what the guest has free
         :param overwrite: the newest records win when the host does not keep up
         """
         known = self._known
@@ -100,8 +102,10 @@ class Holding:
             self.symbols["return_probes"] = self.data.take(64)
         for size in sorted(sizes):
             at = self.data.take(controls)
+            share = max(PAGE_BYTES, free_bytes(self._kernel) // _RINGS_SHARE // cpus)
+            each = min(ring_bytes, 1 << share.bit_length() - 1)
             stream = yield from make_stream(
-                self.memory, at, self.per_cpu_offsets, size, ring_bytes, overwrite
+                self.memory, at, self.per_cpu_offsets, size, each, overwrite
             )
             stream.start(self._host)
             self.streams[size] = stream

@@ -17,9 +17,14 @@ from kgdbx.symbols.kernel import Kernel
 __all__ = (
     "Block",
     "GuestMemory",
+    "MAX_BLOCK_BYTES",
     "PAGE_BYTES",
     "Window",
+    "free_bytes",
 )
+
+MAX_BLOCK_BYTES = 4 << 20
+"""Most that the guest's page allocator gives in one piece: MAX_ORDER, include/linux/mmzone.h."""
 
 PAGE_BYTES = 4096
 _WINDOW_BYTES = 2 << 20
@@ -31,7 +36,7 @@ _TABLE_FLAGS = 0x063  # present, writable, accessed, dirty: arch/x86/include/asm
 _PAGE_FLAGS = 0x063  # the same and executable; not global, so that it can be flushed
 # GFP_ATOMIC | __GFP_NOWARN | __GFP_ZERO, include/linux/gfp_types.h; the same numbers in 5.10-6.12
 _GFP = 0x20 | 0x800 | 0x2000 | 0x100
-_MAX_BLOCK_BYTES = 4 << 20
+_GFP_HIGH = 0x20  # __GFP_HIGH: also of what is kept for emergencies
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,21 @@ class GuestMemory:
         self.blocks: list[Block] = []
         self.percpu: list[int] = []
 
-    def pages(self, size_bytes: int, least_bytes: int | None = None) -> Script[Block]:
+    def pages(
+        self, size_bytes: int, least_bytes: int | None = None, *, reserves: bool = True
+    ) -> Script[Block]:
         """Zeroed pages, physically contiguous.
 
         :param size_bytes: a multiple of the page size, at most 4 MiB
         :param least_bytes: take half as much, again and again, down to this, if there is no more
+        :param reserves: take of what the guest keeps for emergencies, too
         :raises ProbeError: if the guest has no memory left
         """
         least_bytes = least_bytes or size_bytes
-        size_bytes = min(size_bytes, _MAX_BLOCK_BYTES)
+        size_bytes = min(size_bytes, MAX_BLOCK_BYTES)
+        flags = _GFP if reserves else _GFP & ~_GFP_HIGH
         while True:
-            address = yield Call(self._alloc, (size_bytes, _GFP))
+            address = yield Call(self._alloc, (size_bytes, flags))
             if address:
                 block = Block(address, size_bytes)
                 self.blocks.append(block)
@@ -163,6 +172,13 @@ class Window:
 
     def _physical(self, address: int) -> int:
         return address - self._kernel.memory.direct_map
+
+
+def free_bytes(kernel: Kernel) -> int:
+    """Memory that the guest has free; caches that it could drop do not count."""
+    program = kernel.program
+    pages = program["vm_zone_stat"][program.constant("NR_FREE_PAGES")].counter
+    return int(pages.value_()) * PAGE_BYTES
 
 
 def _either(kernel: Kernel, *names: str) -> int:

@@ -1,9 +1,10 @@
 """Rings: one per CPU and record size, written by the guest, drained from its memory.
 
-A position counts the records of one CPU's ring since the beginning. The guest reserves the next
-one with a single instruction on per-CPU memory and writes the record's number last; the host
-reads what is whole and says how far it has come. With ``overwrite`` the guest never waits for
-the host: the newest records win, and what was overwritten is counted.
+A ring is in chunks, as the guest's allocator gives no more than 4 MiB in one piece. A position
+counts the records of one CPU's ring since the beginning. The guest reserves the next one with a
+single instruction on per-CPU memory and writes the record's number last; the host reads what is
+whole and says how far it has come. With ``overwrite`` the guest never waits for the host: the
+newest records win, and what was overwritten is counted.
 """
 
 import struct
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from kgdbx.errors import ProbeError
 from kgdbx.resident.guest_call import Script
 from kgdbx.resident.host import HostView
-from kgdbx.resident.memory import Block, GuestMemory
+from kgdbx.resident.memory import MAX_BLOCK_BYTES, PAGE_BYTES, Block, GuestMemory
 
 __all__ = ("Batch", "RING_BYTES", "SLOT_SIZES", "Stream", "make_stream", "slot_size")
 
@@ -30,6 +31,7 @@ _POSITION_BITS = 48
 _POSITION_MASK = (1 << _POSITION_BITS) - 1
 _RING = struct.Struct("<QQQQ")  # struct ring
 _SEQ_AT = 0
+_MOST_CHUNKS = 256  # of one ring, where the guest's memory is in small pieces
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Batch:
 @dataclass
 class _Ring:
     cpu: int
-    base: int
+    chunks: list[int]
+    table: int  # their addresses, for the guest
     control: int  # struct ring
     position: int  # struct position
     tail: int = 0
@@ -60,12 +63,14 @@ class Stream:
 
     :ivar slot_bytes: size of a record's place
     :ivar slots: places in a ring, a power of two
+    :ivar chunk_slots: places in each of its chunks, a power of two
     :ivar overwrite: the newest records win over those that were not read
     :ivar overwritten: records that were overwritten before they were read
     """
 
     slot_bytes: int
     slots: int
+    chunk_slots: int
     overwrite: bool
     positions: int
     controls: int
@@ -77,7 +82,7 @@ class Stream:
         """The first arguments of ``reserve()`` in C."""
         return (
             f"{self.positions:#x}UL, (struct ring *){self.controls:#x}UL, {self.slots}, "
-            f"{self.slot_bytes}, {int(self.overwrite)}"
+            f"{self.chunk_slots}, {self.slot_bytes}, {int(self.overwrite)}"
         )
 
     def start(self, host: HostView) -> None:
@@ -85,12 +90,14 @@ class Stream:
         for ring in self.rings:
             host.write(ring.position, (ring.cpu << _POSITION_BITS).to_bytes(8, "little"))
             first = ring.cpu << _POSITION_BITS
-            host.write(ring.control, _RING.pack(ring.base, first, first, first))
+            host.write(ring.table, struct.pack(f"<{len(ring.chunks)}Q", *ring.chunks))
+            host.write(ring.control, _RING.pack(ring.table, first, first, first))
 
     def drain(self, host: HostView) -> Iterator[Batch]:
-        """Take what is whole. The guest may run."""
+        """Take what was whole when it began. The guest may run."""
         for ring in self.rings:
-            while (batch := self._drain(ring, host)) is not None:
+            head = host.read_u64(ring.position) & _POSITION_MASK
+            while (batch := self._drain(ring, host, head)) is not None:
                 yield batch
 
     @property
@@ -104,8 +111,7 @@ class Stream:
             ring.lost = host.read_u64(ring.position + 8)
         return sum(ring.lost for ring in self.rings) + self.overwritten
 
-    def _drain(self, ring: _Ring, host: HostView) -> Batch | None:
-        head = host.read_u64(ring.position) & _POSITION_MASK
+    def _drain(self, ring: _Ring, host: HostView, head: int) -> Batch | None:
         if self.overwrite and head - ring.tail > self.slots:
             skipped = head - self.slots - ring.tail
             self.overwritten += skipped
@@ -114,10 +120,10 @@ class Stream:
         ring.in_flight = count > 0
         if count <= 0:
             return None
-        first = ring.tail % self.slots
-        count = min(count, self.slots - first)  # up to the ring's end; the rest comes next
+        chunk, first = divmod(ring.tail % self.slots, self.chunk_slots)
+        count = min(count, self.chunk_slots - first)  # up to its end; the rest comes next
         records = np.empty((count, self.slot_bytes), np.uint8)
-        host.read_into(ring.base + first * self.slot_bytes, records.data.cast("B"))
+        host.read_into(ring.chunks[chunk] + first * self.slot_bytes, records.data.cast("B"))
         numbers = records[:, _SEQ_AT : _SEQ_AT + 8].copy().view("<u8").ravel()
         whole = numbers == np.uint64(ring.cpu << _POSITION_BITS | ring.tail + 1) + np.arange(
             count, dtype=np.uint64
@@ -182,15 +188,44 @@ def make_stream(
     :param controls: address of ``struct ring`` for each CPU, in a data page of ours
     :param per_cpu_offsets: ``__per_cpu_offset`` of each CPU
     :param ring_bytes: for each CPU, a power of two; less if the guest has no more
+    :raises ProbeError: if it has not even a page for each
     """
     positions = yield from memory.per_cpu(64)
-    blocks: list[Block] = []
-    for _ in per_cpu_offsets:
-        block = yield from memory.pages(ring_bytes, max(4096, slot_bytes))
-        ring_bytes = min(ring_bytes, block.size_bytes)
-        blocks.append(block)
-    stream = Stream(slot_bytes, ring_bytes // slot_bytes, overwrite, positions, controls)
-    for cpu, (offset, block) in enumerate(zip(per_cpu_offsets, blocks, strict=True)):
+    cpus = len(per_cpu_offsets)
+    least_bytes = max(PAGE_BYTES, slot_bytes, ring_bytes // _MOST_CHUNKS)
+    table_bytes = 8 * (ring_bytes // least_bytes)
+    tables = yield from memory.pages(-(-table_bytes * cpus // PAGE_BYTES) * PAGE_BYTES)
+    chunks, chunk_bytes = yield from _take_chunks(memory, ring_bytes, cpus, least_bytes)
+    each = 1 << (len(chunks) // cpus).bit_length() - 1
+    chunk_slots = chunk_bytes // slot_bytes
+    stream = Stream(slot_bytes, each * chunk_slots, chunk_slots, overwrite, positions, controls)
+    for cpu, offset in enumerate(per_cpu_offsets):
+        own = chunks[cpu * each : (cpu + 1) * each]
+        table = tables.address + table_bytes * cpu
         position = (positions + offset) & (1 << 64) - 1
-        stream.rings.append(_Ring(cpu, block.address, controls + _RING.size * cpu, position))
+        stream.rings.append(_Ring(cpu, own, table, controls + _RING.size * cpu, position))
     return stream
+
+
+def _take_chunks(
+    memory: GuestMemory, ring_bytes: int, cpus: int, least_bytes: int
+) -> Script[tuple[list[int], int]]:
+    # The largest pieces that the guest has, cut to the size of the smallest of them.
+    chunk_bytes = min(ring_bytes, MAX_BLOCK_BYTES)
+    blocks: list[Block] = []
+    missing = cpus * ring_bytes
+    while missing > 0:
+        try:
+            block = yield from memory.pages(chunk_bytes, least_bytes, reserves=False)
+        except ProbeError:
+            if sum(b.size_bytes for b in blocks) // chunk_bytes < cpus:
+                raise
+            break
+        blocks.append(block)
+        missing -= block.size_bytes
+        chunk_bytes = block.size_bytes
+    return [
+        at
+        for block in blocks
+        for at in range(block.address, block.address + block.size_bytes, chunk_bytes)
+    ], chunk_bytes

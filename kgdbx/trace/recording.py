@@ -1,4 +1,4 @@
-"""Recordings: the binary stream in a file."""
+"""Recordings that are read: the binary stream in a file."""
 
 import dataclasses
 import json
@@ -18,101 +18,19 @@ from kgdbx.trace.binary import (
     LOST,
     MAGIC,
     VERSION,
-    BatchFramer,
-    Frame,
     FrameType,
     LostSource,
-    end_frame,
-    file_header,
-    lost_frame,
-    text_frames,
 )
 from kgdbx.trace.decode import RecordDecoder
 from kgdbx.trace.errors import FormatError, TraceError
-from kgdbx.trace.event_lines import event_from_line, event_to_line
-from kgdbx.trace.sink import Records, Sink
+from kgdbx.trace.event_lines import event_from_line
+from kgdbx.trace.sink import Sink
 
-__all__ = ("Lost", "Recording", "RecordingWriter")
+__all__ = ("Lost", "Recording")
 
 _BUFFER_BYTES = 1 << 20
 _SHIFT_LIMIT = 64
 _SORTED = 1 << 17
-
-
-class RecordingWriter:
-    """Writes records and events to a file, in the format of streams.
-
-    :param path: replaced if it exists
-    :param clock: how time stamps become nanoseconds
-    :raises TraceError: if the file cannot be made
-    """
-
-    def __init__(self, path: Path, clock: Clock) -> None:
-        self.path = path
-        self._framer = BatchFramer()
-        header = file_header(clock)
-        try:
-            # Unbuffered: frames are large, and what a full disk refused is not tried again.
-            self._file = path.open("wb", 0)
-        except OSError as e:
-            raise TraceError(f"{path}: {e.strerror}") from e
-        try:
-            self._write([Frame((header,), len(header))])
-        except TraceError:
-            self._file.close()
-            raise
-
-    def add_probes(self, layouts: Iterable[ProbeLayout]) -> None:
-        """Describe probes, before the first of their records.
-
-        :raises TraceError: if a probe has the number of another, or the file cannot be written
-        """
-        self._write(self._framer.add_probes(layouts))
-
-    def write_batch(self, records: Records, record_bytes: int | None = None) -> None:
-        """Write records; they may be overwritten once this returns.
-
-        :param record_bytes: size of each; needed for a buffer, known for an array
-        :raises TraceError: if a record's probe was not described, or is longer than the record, or
-            the file cannot be written
-        """
-        self._write(self._framer.frames(records, record_bytes))
-
-    def write(self, events: Iterable[Event]) -> None:
-        """Write events that are no records.
-
-        :raises TraceError: if the file cannot be written
-        """
-        self._write(text_frames(FrameType.EVENTS, map(event_to_line, events)))
-
-    def write_lost(self, count: int, cpu: int | None = None) -> None:
-        """Say that events are missing here.
-
-        :raises TraceError: if the file cannot be written
-        """
-        self._write([lost_frame(count, LostSource.RING, cpu)])
-
-    def close(self) -> None:
-        """Write what tells that the recording is whole. Idempotent.
-
-        :raises TraceError: if the file cannot be written
-        """
-        if not self._file.closed:
-            try:
-                self._write([end_frame()])
-            finally:
-                self._file.close()
-
-    def _write(self, frames: Iterable[Frame]) -> None:
-        if self._file.closed:
-            raise TraceError(f"{self.path}: written to after it was closed")
-        try:
-            for frame in frames:
-                rest = memoryview(b"".join(frame.parts))
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-        except OSError as e:
-            raise TraceError(f"{self.path}: {e.strerror}") from e
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -200,6 +200,20 @@ def test_recording_says_the_same_as_the_events(vm: Vm, tmp_path: Path) -> None:
         assert event == same
 
 
+def test_a_buffer_that_is_too_small(vm: Vm, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    done = trace("--vm", vm.name, FUNCTION, "-b", "4K", "--raw", str(raw), "-e", WORK)
+    assert done.returncode == 0, done.stderr
+    with Recording(raw) as recording:
+        items = list(recording.items())
+    lost = sum(item.count for item in items if isinstance(item, Lost))
+    assert lost > 0
+    assert len([item for item in items if not isinstance(item, Lost)]) + lost == CALLS
+    assert f"1,009 hits, {lost} events lost" in done.stderr
+    assert "the buffers of 4 KiB a CPU were full at times; see --buffer" in done.stderr
+    assert is_unpatched(vm)
+
+
 def test_last_events_before_a_panic(clone_of: Callable[..., Vm]) -> None:
     vm = clone_of("6.1", 2, append="panic=0")
     crash = f"opener 2 {CALLS}; echo c > /proc/sysrq-trigger"

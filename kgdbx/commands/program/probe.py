@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from kgdbx.commands.buffer import BUFFER_ARGUMENT, tell_buffer, use_buffer
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.listing import probe_table
@@ -114,6 +115,7 @@ Events go to the standard output, the table of probes to the standard error outp
             "-s", "--script", action="append", default=[], metavar="FILE", help="a probe script"
         ),
         *END_ARGUMENTS,
+        BUFFER_ARGUMENT,
         argument(
             "--tier",
             choices=("auto", "resident", "stop"),
@@ -129,6 +131,7 @@ def probe(out: TextIO, args: argparse.Namespace) -> int:
     if not args.definitions and not args.script:
         raise CommandError("give a probe definition, or a script with -s")
     with open_session(args) as session:
+        use_buffer(session, args)
         outputs = _show(session, out, args)
         for text in args.definitions:
             _say(args, _define(session, text, args))
@@ -140,6 +143,7 @@ def probe(out: TextIO, args: argparse.Namespace) -> int:
             out.write((map_json(each) if args.json else map_text(each)) + "\n")
         probes = list(session.probes)
         _summarize(out, args, probes)
+        tell_buffer(session, args, outputs.lost)
         faults = sum(p.nfaults for p in probes)
     return 1 if faults or status else 0
 

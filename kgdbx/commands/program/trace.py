@@ -10,6 +10,7 @@ from typing import TextIO
 
 import drgn
 
+from kgdbx.commands.buffer import BUFFER_ARGUMENT, tell_buffer, use_buffer
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.probe import (
     END_ARGUMENTS,
@@ -32,11 +33,14 @@ from kgdbx.trace.fifo import Fifo
 from kgdbx.trace.functions import definitions, is_pattern, refusals
 from kgdbx.trace.json_lines import JsonLinesSink
 from kgdbx.trace.map_sink import MapSink
-from kgdbx.trace.recording import Recording, RecordingWriter
+from kgdbx.trace.recording import Recording
+from kgdbx.trace.recording_writer import RecordingWriter
 from kgdbx.trace.sink import RecordSink, Sink
 from kgdbx.trace.streams import Outputs
 from kgdbx.trace.text import TextSink
 
+# A second of a million events of the smallest size, dealt out over four CPUs.
+_BUFFER_BYTES = 16 << 20
 _MANY_PROBES = 20
 _MOST_ROWS = 100
 
@@ -82,6 +86,7 @@ of events that were lost to the standard error output.
         argument("--interval", type=float, metavar="S", help="print the sums every S seconds, too"),
         argument("-r", "--return", dest="returns", action="store_true", help="results, durations"),
         *END_ARGUMENTS,
+        BUFFER_ARGUMENT,
         argument("-o", "--output", choices=("text", "json", "chrome"), help="default: text"),
         argument("-w", "--write", metavar="FILE", help="where to, instead of the standard output"),
         argument("--raw", metavar="FILE", help="keep the records, for --read"),
@@ -111,6 +116,7 @@ def trace(out: TextIO, args: argparse.Namespace) -> int:
         raise CommandError("--interval is for --agg")
     # The outputs are closed when the kernel runs again: a reader may take its time.
     with contextlib.ExitStack() as ends, open_session(args) as session:
+        use_buffer(session, args, _BUFFER_BYTES)
         probes = _place(session, args)
         outputs = _open_outputs(session, out, args, ends)
         session.event_listeners.append(outputs.event)
@@ -119,12 +125,13 @@ def trace(out: TextIO, args: argparse.Namespace) -> int:
         status = run_session(session, args)
         outputs.tell_lost()
         _summarize(args, probes, outputs.lost)
+        tell_buffer(session, args, outputs.lost)
         faults = sum(p.nfaults for p in probes)
     return 1 if faults or status else 0
 
 
 def _sum_up(out: TextIO, args: argparse.Namespace) -> int:
-    refused = ("fields", "count", "write", "raw", "fifo", "socket")
+    refused = ("fields", "count", "buffer", "write", "raw", "fifo", "socket")
     if given := [name for name in refused if getattr(args, name) not in (None, [])]:
         raise CommandError(f"--{given[0]} is for events, and --agg has none")
     if args.output == "chrome":

@@ -75,7 +75,7 @@ struct slot {
 
 /* One CPU's ring, in a data page of ours. */
 struct ring {
-	u8 *base;
+	u8 **chunks;	/* the slots, in pieces of the same size, which is a power of two */
 	u64 tail;	/* the host has read what lies before: as the guest saw it last */
 	u64 host_tail;	/* written by the host, this one first */
 	u64 host_check; /* and this one after it: they differ while a write is under way */
@@ -252,8 +252,8 @@ static __always_inline u64 read_tail(const struct ring *ring)
  * A place in this CPU's ring, or 0. The position names its CPU, so that a task that is moved to
  * another one in between starts again.
  */
-static __always_inline u8 *reserve(u64 positions, struct ring *rings, u64 slots, u32 slot_bytes,
-				   bool overwrite, u64 *seq)
+static __always_inline u8 *reserve(u64 positions, struct ring *rings, u64 slots, u64 chunk_slots,
+				   u32 slot_bytes, bool overwrite, u64 *seq)
 {
 	struct ring *ring;
 	u64 head;
@@ -270,7 +270,8 @@ static __always_inline u8 *reserve(u64 positions, struct ring *rings, u64 slots,
 		}
 	} while (unlikely(!gs_advance(positions, head)));
 	*seq = head + 1;
-	return ring->base + (head & (slots - 1)) * slot_bytes;
+	return ring->chunks[(head & (slots - 1)) / chunk_slots] +
+	       (head & (chunk_slots - 1)) * slot_bytes;
 }
 
 static __always_inline void fill_header(struct record *record, const struct probe *p,

@@ -14,7 +14,7 @@ from kgdbx.resident.clock import Clock
 from kgdbx.resident.layout import FieldLayout, ProbeLayout
 from kgdbx.trace.endpoint import FifoEndpoint, SocketEndpoint
 from kgdbx.trace.fifo import Fifo
-from kgdbx.trace.recording import RecordingWriter
+from kgdbx.trace.recording_writer import RecordingWriter
 from kgdbx.trace.sink import RecordSink
 
 DOCS = Path(__file__).parents[3] / "docs"

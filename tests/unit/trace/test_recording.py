@@ -1,7 +1,10 @@
 """Recordings: there and back, and files that are none."""
 
 import io
+import os
 import random
+import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from kgdbx.resident.clock import IDENTITY, Clock
 from kgdbx.resident.layout import ProbeLayout
 from kgdbx.trace.binary import FILE_HEADER, FRAME_HEADER, LostSource, file_header
 from kgdbx.trace.errors import FormatError, TraceError
-from kgdbx.trace.recording import Lost, Recording, RecordingWriter
+from kgdbx.trace.recording import Lost, Recording
+from kgdbx.trace.recording_writer import RecordingWriter
 from kgdbx.trace.text import TextSink
 
 Numbered = Callable[..., npt.NDArray[Any]]
@@ -199,3 +203,50 @@ def test_files_that_cannot_be(tmp_path: Path, numbered: Numbered) -> None:
     writer.close()
     with pytest.raises(TraceError, match="written to after it was closed"):
         writer.write_batch(numbered(1))
+
+
+def test_a_slow_disk_holds_nobody_up(
+    tmp_path: Path, entry: ProbeLayout, numbered: Numbered
+) -> None:
+    # A FIFO is a file that takes 64 KiB, and the rest when its reader likes.
+    path, copy = tmp_path / "slow", tmp_path / "copy"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reading, True)
+    writer = RecordingWriter(path, IDENTITY)
+    writer.add_probes([entry])
+    for _ in range(20):
+        writer.write_batch(numbered(1009))
+
+    def read() -> None:
+        with open(reading, "rb") as fifo:
+            copy.write_bytes(fifo.read())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    writer.close()
+    reader.join(60)
+    with Recording(copy) as recording:
+        assert sum(isinstance(item, Event) for item in recording.items()) == 20 * 1009
+
+
+def test_a_disk_that_fills_up(tmp_path: Path, entry: ProbeLayout, numbered: Numbered) -> None:
+    path = tmp_path / "large"
+    writer = RecordingWriter(path, IDENTITY)
+    writer.add_probes([entry])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        for _ in range(40):  # 2.5 MiB
+            writer.write_batch(numbered(1009))
+        with pytest.raises(TraceError, match="large: File too large"):
+            writer.close()
+    except TraceError as e:
+        assert "large: File too large" in str(e)
+        with pytest.raises(TraceError, match="large: File too large"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()  # once is enough
+    with Recording(path) as recording, pytest.raises(FormatError, match="cut short"):
+        list(recording.items())

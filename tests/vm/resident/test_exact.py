@@ -147,7 +147,8 @@ def test_a_task_that_is_killed_inside(guest_of: GuestOf) -> None:
     assert probe.nmissed == 0
 
 
-def test_full_rings(guest_of: GuestOf) -> None:
+def test_full_rings(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kgdbx.resident.ring.MAX_BLOCK_BYTES", 4096)  # two chunks each
     guest = guest_of(smp=4)
     guest.session.close()
     with Session.attach_vm(guest.vm.info) as session:
