@@ -33,6 +33,7 @@ _RING_EVENTS = 10_000_000
 _RING_BYTES = 16 << 20  # what 'kgdbx trace' has
 _RING_S = 300.0
 _TRACED = 1000
+_COUNTING = ("-icount", "shift=0")  # a nanosecond of the guest's is one instruction
 
 
 def measure(rounds: int) -> Iterator[Figure]:
@@ -42,6 +43,7 @@ def measure(rounds: int) -> Iterator[Figure]:
     """
     for smp in (1, 4):
         yield from _costs(smp, rounds)
+    yield from _instructions()
     yield from entry_cost(rounds)
     yield from _beside_gdb(rounds)
     yield from _ring()
@@ -65,6 +67,21 @@ def _costs(smp: int, rounds: int) -> Iterator[Figure]:
     yield ratio(f"probes.resident.filtered.vs_kprobe{cpus}", filtered, kernel)
     for name, values in samples.items():
         yield figure(f"probes.{name}_ns{cpus}", values, "ns")
+
+
+def _instructions() -> Iterator[Figure]:
+    # What a call costs in instructions of the guest's: its clock counts them, and nothing else.
+    with clone(make_template(configure("6.1", extra_args=_COUNTING))) as vm:
+        kernel = {name: kernel_ns(vm, 1, texts) for name, texts in KERNEL.items()}
+        ours = {name: resident_ns(vm, 1, texts) for name, texts in RESIDENT.items()}
+    for name, value in ours.items():
+        beside = "return" if name == "return" else "entry"
+        vs = "kretprobe" if name == "return" else "kprobe"
+        yield ratio(f"probes.resident.{name}.insns_vs_{vs}", [value], [kernel[beside]])
+    for name, value in kernel.items():
+        yield figure(f"probes.kernel.{name}_insns", [value], "1")
+    for name, value in ours.items():
+        yield figure(f"probes.resident.{name}_insns", [value], "1")
 
 
 def _beside_gdb(rounds: int) -> Iterator[Figure]:

@@ -70,7 +70,9 @@ def command_line(
     :param ram_shared: write to that file, or keep what is written to the process
     """
     size = config.memory_bytes
-    accel = "tcg,thread=multi" if config.accel == "tcg" else config.accel
+    accel = config.accel
+    if accel == "tcg" and "-icount" not in config.extra_args:  # which counts on one thread
+        accel = "tcg,thread=multi"
     share = "on" if ram_shared else "off"
     kgdb = config.kernel.name == KGDB_KERNEL
     append = _APPEND_KGDB if kgdb else _APPEND

@@ -52,7 +52,12 @@ class Builder:
             numbers[address] = self._next_site
             self._next_site += 1
             calls = [
-                StubCall(p.address, p.handler, address if p.keeps_all else None)
+                StubCall(
+                    p.address,
+                    p.handler,
+                    address if p.keeps_all else None,
+                    p.kind == "p" and p.body is not None and p.body.filters_first,
+                )
                 for p in site.programs
             ]
             room = len(site.displacement.original) + _TAIL_SLACK_BYTES

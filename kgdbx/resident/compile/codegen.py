@@ -93,6 +93,7 @@ class Body:
     :ivar record_bytes: from the start of the record to the end of the last field
     :ivar uses_regs: whether ``c->regs`` is used
     :ivar calls_kernel: whether functions of the kernel are called
+    :ivar condition_calls_kernel: whether the condition calls any
     :ivar mask_offset_bytes: where the mask of unreadable fields is; None if there is none
     :ivar map: if hits are summed up: what. *fill* does it then, *fields* are in the key, and there
         are no records
@@ -111,8 +112,14 @@ class Body:
     calls_kernel: bool
     mask_offset_bytes: int | None = None
     map: MapShape | None = None
+    condition_calls_kernel: bool = False
     handlers: str = ""
     shared: str = ""
+
+    @property
+    def filters_first(self) -> bool:
+        """Whether most of the handler is spared where the condition drops a hit."""
+        return self.condition is not None and not self.condition_calls_kernel
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,7 @@ def generate(definition: ProbeDefinition, kernel: Kernel, point: Point) -> Body:
         names.uses_regs,
         calls or any(part.code.calls_kernel for part in parts),
         mask_offset,
+        condition_calls_kernel=calls,
     )
 
 
@@ -172,7 +180,17 @@ def _aggregated(
     fill, shape, keys, also_calls = aggregate(what, names, scope)
     fields = tuple(RecordField(key.layout, key.decode) for key in keys)
     saves = tuple(names.saves)
-    return Body(condition, fill, saves, 0, fields, names.uses_regs, calls or also_calls, map=shape)
+    return Body(
+        condition,
+        fill,
+        saves,
+        0,
+        fields,
+        names.uses_regs,
+        calls or also_calls,
+        map=shape,
+        condition_calls_kernel=calls,
+    )
 
 
 def decode_fields(body: Body, record: bytes) -> dict[str, FieldValue]:

@@ -67,11 +67,7 @@ _RECORD = """\
 	{record} *record;
 	u64 seq;
 
-	count_hit(p);
-{enter}	pass = condition_{n}(&c);
-	if (unlikely(pass < 0))
-		count_fault(p);
-	if (pass <= 0)
+{enter}{filter}	if (pass <= 0)
 		goto out;
 	record = ({record} *)reserve({stream}, &seq);
 	if (unlikely(!record))
@@ -83,23 +79,54 @@ out:
 {leave}"""
 
 _ADD = """\
-	count_hit(p);
-{enter}	pass = condition_{n}(&c);
-	if (pass > 0)
-		pass = sum_up_{n}(&c, {table});
-	if (unlikely(pass < 0))
+{enter}{filter}	if (pass > 0 && sum_up_{n}(&c, {table}) < 0)
 		count_fault(p);
 {leave}"""
 
+_EVALUATE = """\
+	pass = condition_{n}(&c);
+	if (unlikely(pass < 0))
+		count_fault(p);
+"""
+
 _ENTRY = """\
 __handler void handler_{n}(u64 di, u64 si, u64 dx, u64 cx, u64 r8, u64 r9, u64 pp)
+{{
+	struct probe *p = (struct probe *){pp};
+	const struct context c = {context};
+	int pass{passed};
+
+{core}	return;
+}}
+"""
+
+# Called before the handler: gcc saves all the registers that a function may need at its start, and
+# a hit that is dropped shall not pay for those of the rest. It passes a hit by the lowest bit of
+# pp, which lies on the stack.
+_FILTER = """\
+__handler void filter_{n}(u64 di, u64 si, u64 dx, u64 cx, u64 r8, u64 r9, u64 pp)
 {{
 	struct probe *p = (struct probe *)pp;
 	const struct context c = {context};
 	int pass;
 
-{core}	return;
+	count_hit(p);
+{filter}	if (unlikely(pass > 0))
+		__asm__ volatile("incq %0" : "+m"(pp)::"cc");
 }}
+"""
+_SITE = """\
+	push ${probe}
+	call handler_{handler}
+	lea 8(%rsp), %rsp
+"""
+_FILTERED_SITE = """\
+	push ${probe}
+	call filter_{handler}
+	testb $1, (%rsp)
+	jz 1f
+	call handler_{handler}
+1:	lea 8(%rsp), %rsp
 """
 
 _FULL = """\
@@ -238,11 +265,13 @@ class StubCall:
     :ivar probe: address of the ``struct probe``
     :ivar handler: number of the handler
     :ivar address: of the site, if the handler wants all registers, otherwise None
+    :ivar filtered: whether the handler has a filter in front
     """
 
     probe: int
     handler: int
     address: int | None = None
+    filtered: bool = False
 
 
 @dataclass(frozen=True)
@@ -377,8 +406,11 @@ class Unit:
 def _call_text(call: StubCall) -> str:
     probe = _signed(call.probe)
     if call.address is None:
-        return f"\tpush ${probe}\\n\tcall handler_{call.handler}\\n\tlea 8(%rsp), %rsp\\n"
-    text = _FULL_SITE.format(address=_signed(call.address), probe=probe, handler=call.handler)
+        text = (_FILTERED_SITE if call.filtered else _SITE).format(
+            probe=probe, handler=call.handler
+        )
+    else:
+        text = _FULL_SITE.format(address=_signed(call.address), probe=probe, handler=call.handler)
     return text.replace("\n", "\\n")
 
 
@@ -389,8 +421,11 @@ def _handler_text(number: int, kind: str, body: Body, to: Stream | Table) -> str
         return body.handlers.replace("@N@", str(number)) + stub
     text = f"{body.condition}{body.fill}{body.saves}"
     walks, times = "save_stack(" in text, "c->duration_ns" in text
+    is_filtered = kind == "p" and body.filters_first
+    evaluate = _EVALUATE.format(n=number)
     names = {
         "n": number,
+        "filter": "" if is_filtered else evaluate,
         "enter": _ENTER if body.calls_kernel else "",
         "leave": _LEAVE if body.calls_kernel else "",
     }
@@ -410,10 +445,15 @@ def _handler_text(number: int, kind: str, body: Body, to: Stream | Table) -> str
         entry += _PLACE if "c->ip" in text else ""
     parts = _CONDITION + (_FILL if isinstance(to, Stream) else _SUM_UP)
     fragments = parts.format(n=number, condition=body.condition or "\treturn 1;", fill=body.fill)
+    context = _ENTRY_CONTEXT.format(frame=entry)
+    if is_filtered:
+        fragments += _FILTER.format(n=number, context=context, filter=evaluate)
     handlers = {"p": _ENTRY, "full": _FULL, "r": _RETURN}[kind].format(
         n=number,
-        core=core,
-        context=_ENTRY_CONTEXT.format(frame=entry),
+        core=core if is_filtered else f"\tcount_hit(p);\n{core}",
+        pp="(pp - 1)" if is_filtered else "pp",
+        passed=" = 1" if is_filtered else "",
+        context=context,
         frame=(_RETURN_STACK if walks else "")
         + (_PLACE if "c->ip" in text else "")
         + (_DURATION if times else ""),
