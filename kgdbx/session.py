@@ -31,6 +31,7 @@ from kgdbx.resident.compile.codegen import NotResident
 from kgdbx.resident.ftrace_guard import FtraceGuard
 from kgdbx.resident.place.displacement import CannotDisplace
 from kgdbx.resident.recover import Recovery
+from kgdbx.resident.stop_clock import StopClock
 from kgdbx.resident.tier import ResidentTier
 from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe
 from kgdbx.symbols.kernel import Kernel
@@ -53,6 +54,7 @@ _NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
 _GLOB_LIMIT = 500
 _DRAIN_S = 0.25
 _SLICE_S = 0.01
+_HOLD_S = 1.0
 
 
 class Refused(KgdbxError):
@@ -103,10 +105,15 @@ class Session:
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
         self._events = EventQueue(self.event_listeners)
-        self.probes: ProbeManager = EventfulManager(kernel, self._events, self._take_before)
+        self.probes: ProbeManager = EventfulManager(
+            kernel, self._events, self._take_before, self._holds_back
+        )
         self.resident = ResidentTier(
             kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
         )
+        self.probes.clock_ns = StopClock(
+            kernel, self.resident.engine, self.resident.reader, lambda: self._events.latest_ns
+        ).ns
         guard = FtraceGuard(kernel, self.resident.engine, self.probes.register, self.probes)
         self.resident.engine.placed_listeners.append(guard.follow)
         if isinstance(target, RspTarget) and ram is not None:
@@ -114,6 +121,7 @@ class Session:
         self._done = threading.Event()
         self._stop_hooks: list[Callable[[Session], Any]] = []
         self._emitted = 0
+        self._held_since = math.inf
         self._limit: int | None = None
         self._on_panic: Callable[[], None] | None = None
         self._stop_on: set[str] = set()
@@ -515,9 +523,19 @@ class Session:
             self.target.request_stop()
         for hook in tuple(self.idle_hooks):
             hook()
-        self._events.deliver()
+        if not (self.target.running and self._holds_back()):
+            self._events.deliver()
         self._events.raise_error()
         return rest
+
+    def _holds_back(self) -> bool:
+        # A record that was being written is older than what has happened since.
+        if not self.resident.engine.in_flight:
+            self._held_since = math.inf
+            return False
+        now = time.monotonic()
+        self._held_since = min(self._held_since, now)
+        return now - self._held_since < _HOLD_S
 
     def _panicked(self) -> bool:
         capabilities = self.target.capabilities

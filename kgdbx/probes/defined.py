@@ -88,7 +88,7 @@ class _Recorder:
                 return
         assert probe.manager is not None
         event = Event(
-            probe.manager.clock_ns(),
+            probe.manager.clock_ns(hit.tsc),
             hit.cpu,
             hit.task,
             self._name,

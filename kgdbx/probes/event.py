@@ -13,8 +13,8 @@ __all__ = ("Event",)
 class Event:
     """One hit of a probe definition.
 
-    :ivar ts_ns: nanoseconds of the host's clock since the session began; the guest's own clock
-        stands still during a stop
+    :ivar ts_ns: nanoseconds of the guest's ``CLOCK_MONOTONIC``; where it cannot be read, of the
+        host's clock since the session began
     :ivar cpu: vCPU, counted from 0
     :ivar probe: ``group/name`` of the probe
     :ivar kind: ``p``, ``r`` or ``w``

@@ -24,11 +24,13 @@ class EventQueue:
     print to readers that may take their time: they are called when all handlers are through.
 
     :param listeners: called with each event, in the order of the events
+    :ivar latest_ns: time of the last event that was handed out
     :ivar hurry: whoever reads is asked to end: :meth:`deliver` does not wait any more for a
         listener that does not come back
     """
 
     def __init__(self, listeners: list[Callable[[Event], None]]) -> None:
+        self.latest_ns = 0
         self.hurry = False
         self._listeners = listeners
         self._events: collections.deque[Event] = collections.deque()
@@ -40,7 +42,8 @@ class EventQueue:
         self._events.append(event)
 
     def deliver(self) -> bool:
-        """Hand out all events. What listeners raise is kept for :meth:`raise_error`.
+        """Hand out all events, by their times. What listeners raise is kept for
+        :meth:`raise_error`.
 
         :return: whether all went well
         :raises KeyboardInterrupt: if a listener is stuck after :attr:`hurry` was set; the events
@@ -48,6 +51,8 @@ class EventQueue:
         """
         went_well = True
         if self._events:
+            # Hits that rang are older than what was recorded until the kernel stood.
+            self._events = collections.deque(sorted(self._events, key=lambda e: e.ts_ns))
             try:
                 with self._watched():
                     while self._events:
@@ -65,6 +70,7 @@ class EventQueue:
 
     def _hand_out(self, event: Event) -> bool:
         self._delivered += 1
+        self.latest_ns = event.ts_ns
         try:
             for listener in tuple(self._listeners):
                 listener(event)
@@ -103,24 +109,33 @@ class EventfulManager(ProbeManager):
 
     :param events: where the probes put their events
     :param before: called before the handlers of each stop, to take events from before it
+    :param holds_back: whether an event that is older than those of this stop may still come:
+        unless the kernel is to stand, they wait for it
     """
 
     def __init__(
-        self, kernel: Kernel, events: EventQueue, before: Callable[[], None] | None = None
+        self,
+        kernel: Kernel,
+        events: EventQueue,
+        before: Callable[[], None] | None = None,
+        holds_back: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(kernel)
         self._events = events
         self._before = before
+        self._holds_back = holds_back
 
     def on_stop(self, stop: Stop) -> bool:
-        """Handle a stop of the kernel; events go out before it runs on.
+        """Handle a stop of the kernel; events go out before it runs on, if they are in order.
 
         :return: True to let the kernel run on; False also after an error of a listener
         """
         if self._before is not None:
             self._before()
+        going, delivered = False, True
         try:
             going = super().on_stop(stop)
         finally:
-            delivered = self._events.deliver()
+            if not (going and self._holds_back()):
+                delivered = self._events.deliver()
         return going and delivered

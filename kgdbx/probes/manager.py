@@ -29,6 +29,8 @@ class ProbeManager:
     handler; they are removed when no handler runs (a debugger that deletes a breakpoint while it
     reports a hit of it crashes).
 
+    :ivar clock_ns: tells when a hit with a time stamp happened, or one whose time stamp is not
+        known; by default by the host's clock, since the manager was made
     :param handler_limit_s: seconds after which a handler is interrupted; None for no limit
     """
 
@@ -40,7 +42,8 @@ class ProbeManager:
         self.loading_listeners: list[Callable[[LoadedModule], None]] = []
         self.freeing_listeners: list[Callable[[tuple[tuple[int, int], ...]], None]] = []
         self.stray_stops = 0
-        self._started_ns = time.monotonic_ns()
+        started_ns = time.monotonic_ns()
+        self.clock_ns: Callable[[int | None], int] = lambda _: time.monotonic_ns() - started_ns
         self._probes: list[Probe] = []
         self._sites: dict[int, Site] = {}
         self._watches: list[Watch] = []
@@ -59,10 +62,6 @@ class ProbeManager:
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    def clock_ns(self) -> int:
-        """Nanoseconds of the host's clock since the session began."""
-        return time.monotonic_ns() - self._started_ns
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -189,8 +188,8 @@ class ProbeManager:
         # among them or not.
         stands = False
         try:
-            for cpu, address, regs in doorbell.hits():
-                hit = Hit(self.kernel, cpu, regs, address)
+            for cpu, address, regs, tsc in doorbell.hits():
+                hit = Hit(self.kernel, cpu, regs, address, tsc)
                 site = self._sites.get(address)
                 resume = site.resume if site is not None else None
                 self.handling = cpu

@@ -84,12 +84,21 @@ class Hit:
     :ivar kernel: names, types and memory
     :ivar cpu: vCPU, counted from 0
     :ivar regs: its registers, writable
+    :ivar tsc: time stamp counter of the hit; None if it is not known
     """
 
-    __slots__ = ("_task", "address", "cpu", "kernel", "regs", "stop_requested")
+    __slots__ = ("_task", "address", "cpu", "kernel", "regs", "stop_requested", "tsc")
 
-    def __init__(self, kernel: "Kernel", cpu: int, regs: Registers, address: int) -> None:
+    def __init__(
+        self,
+        kernel: "Kernel",
+        cpu: int,
+        regs: Registers,
+        address: int,
+        tsc: int | None = None,
+    ) -> None:
         self.kernel = kernel
+        self.tsc = tsc
         self.cpu = cpu
         self.regs = regs
         self.address = address

@@ -56,8 +56,9 @@ class Doorbell(Protocol):
     def rang(self, stop: Stop) -> bool:
         """Whether a stop is one of these."""
 
-    def hits(self) -> Iterator[tuple[int, int, Registers]]:
-        """vCPU, probed address and registers of each vCPU that waits."""
+    def hits(self) -> Iterator[tuple[int, int, Registers, int]]:
+        """vCPU, probed address, registers and time stamp of each vCPU that waits, in the order
+        of the hits."""
 
     def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
         """Let a vCPU go on with its registers when the kernel runs."""

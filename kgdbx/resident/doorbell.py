@@ -69,12 +69,13 @@ class Doorbell:
             return False
         return self._engine.owns(self._kernel.target.read_registers(stop.cpu).rip)
 
-    def hits(self) -> Iterator[tuple[int, int, Registers]]:
-        """vCPU, probed address and registers of each vCPU that waits."""
-        for bell in self._waiting():
+    def hits(self) -> Iterator[tuple[int, int, Registers, int]]:
+        """vCPU, probed address, registers and time stamp of each vCPU that waits, in the order
+        of the hits."""
+        for bell in sorted(self._waiting(), key=lambda bell: bell.tsc):
             address = self._places[bell.address]
             bell.regs.rip = address
-            yield bell.cpu, address, bell.regs
+            yield bell.cpu, address, bell.regs, bell.tsc
 
     def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
         """Let a vCPU go on.

@@ -17,6 +17,7 @@ from kgdbx.symbols.tasks import Task
 __all__ = ("EventReader", "Recorded")
 
 _HEADER = struct.Struct("<QQIIIHH16s")  # struct record, prelude.h
+_TSC_AT = 8
 _RETURN = struct.Struct("<QQ")  # what struct return_record adds
 
 
@@ -64,6 +65,7 @@ class EventReader:
         those of others that are whole
     :ivar batch_listeners: called with each batch as it comes out of a ring, before its events
     :ivar makes_events: whether :meth:`read` gives any; without, records cost nothing each
+    :ivar latest_tsc: the largest time stamp that came out of a ring
     """
 
     def __init__(
@@ -78,10 +80,10 @@ class EventReader:
         self._known: dict[int, Recorded] = {}
         self._held: list[tuple[int, int, bytes]] = []
         self._ready: collections.deque[bytes] = collections.deque()
-        self._seen_tsc = 0
         self._symbols: dict[int, str] = {}
         self.batch_listeners: list[Callable[[Batch], None]] = []
         self.makes_events = True
+        self.latest_tsc = 0
 
     def layouts(self) -> Iterator[ProbeLayout]:
         """Descriptions of all records that are known."""
@@ -106,15 +108,18 @@ class EventReader:
 
     def _gather(self, *, final: bool) -> None:
         held = self._held
-        horizon = self._seen_tsc
+        horizon = self.latest_tsc
         for batch in self._drain():
             for listener in self.batch_listeners:
                 listener(batch)
+            if not len(batch.records):
+                continue
+            last = batch.records[-1, _TSC_AT : _TSC_AT + 8]
+            self.latest_tsc = max(self.latest_tsc, int.from_bytes(last.tobytes(), "little"))
             if not self.makes_events:
                 continue
             headers = batch.records[:, : HEADER.itemsize].copy().view(HEADER).ravel()
             stamps = headers["tsc"].tolist()
-            self._seen_tsc = max(self._seen_tsc, stamps[-1])
             width = batch.records.shape[1]
             data = batch.records.tobytes()
             held.extend(

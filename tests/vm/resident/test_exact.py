@@ -167,6 +167,30 @@ def test_full_rings(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [e.ts_ns for e in events] == sorted(e.ts_ns for e in events)
 
 
+def test_both_tiers_have_one_clock(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    session = guest.session
+
+    def uptime_ns() -> int:
+        return int(float(guest.run("cat /proc/uptime").split()[0]) * 1e9)
+
+    before = uptime_ns()
+    events = events_of(guest, "opener")
+    session.define("p:called __x64_sys_openat", tier="resident")
+    (stopped,) = session.define("p:stopped do_sys_openat2", tier="stop")
+    guest.run("opener 3 211")  # at first a breakpoint stops it, then a doorbell
+    after = uptime_ns()
+    stamps = [e.ts_ns for e in events]
+    assert stamps == sorted(stamps)
+    assert before <= stamps[0] and stamps[-1] <= after + 10**7
+    by_task: dict[int, list[str]] = {}
+    for event in events:
+        by_task.setdefault(event.task.pid, []).append(event.probe)
+    for own in by_task.values():
+        assert own == ["kprobes/called", "kprobes/stopped"] * (len(own) // 2)
+    assert stopped.hits >= sum(len(own) // 2 for own in by_task.values()) >= 211
+
+
 def test_over_a_stub_alone(vm: Vm) -> None:
     # A QEMU that others started: its RAM cannot be mapped, and is read at stops.
     with Session.connect(str(vm.info.gdb_socket), str(vm.info.vmlinux)) as session:
