@@ -594,7 +594,16 @@ class Session:
         reason = _stops_because(definition, hardware, stop, tier)
         if not reason:
             try:
-                resident = self.resident.probe(definition, inlined_copies=inlined_copies)
+                may_stop = tier == "auto" and definition.aggregation is None
+                resident = self.resident.probe(
+                    definition,
+                    inlined_copies=inlined_copies,
+                    stopping=functools.partial(
+                        probe_from_definition, definition, self.kernel, self._emit
+                    )
+                    if may_stop
+                    else None,
+                )
                 return self.probes.register(resident)
             except _NOT_RESIDENT as e:
                 if tier == "resident" or definition.aggregation is not None:

@@ -1,6 +1,7 @@
 """A probe definition that runs inside the guest."""
 
 import errno
+from collections.abc import Callable, Mapping
 
 from kgdbx.errors import ProbeError
 from kgdbx.probes.defined import place_text
@@ -8,14 +9,17 @@ from kgdbx.probes.definition import ProbeDefinition, format_definition
 from kgdbx.probes.kretprobe import default_maxactive
 from kgdbx.probes.probe import Point, Probe
 from kgdbx.probes.site import Attachment
-from kgdbx.resident.compile.codegen import generate
+from kgdbx.resident.compile.codegen import NotResident, generate
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.maps import Maps
+from kgdbx.resident.place.displacement import CannotDisplace
 from kgdbx.resident.program import Program
 from kgdbx.resident.reader import EventReader, Recorded
 from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("ResidentProbe",)
+
+_FAULTS = 2
 
 
 class ResidentProbe(Probe):
@@ -26,6 +30,8 @@ class ResidentProbe(Probe):
     :param reader: is told what the records mean
     :param maps: are told of its map, if it has one
     :param inlined_copies: probe those of the function too
+    :param stopping: makes the same probe on the stop tier: for places, of several, whose code
+        cannot give way to a jump, or where a field cannot be had by code in the guest
     """
 
     tier = "resident"
@@ -38,9 +44,13 @@ class ResidentProbe(Probe):
         maps: Maps | None = None,
         *,
         inlined_copies: bool = True,
+        stopping: Callable[[], Probe] | None = None,
     ) -> None:
         self._programs: list[Program] = []
         self._counted = [0, 0, 0]
+        self._make_stopping = stopping
+        self._stopping: Probe | None = None
+        self._attached: tuple[Attachment, ...] = ()
         self._engine = engine
         self._reader = reader
         self._maps = maps
@@ -53,32 +63,58 @@ class ResidentProbe(Probe):
         self.maxactive = definition.maxactive
 
     def attachments(self) -> tuple[Attachment, ...]:
-        """None: nothing of it is done at stops."""
-        return ()
+        """None, unless some of its places stop the kernel."""
+        return self._attached
 
     def prepare(self, kernel: Kernel) -> None:
         """Compile it for every place.
 
         :raises NotResident: if the definition asks for what code in the guest cannot do
-        :raises CannotDisplace: if the code at a place cannot give way to a jump
+        :raises CannotDisplace: if the code at a place cannot give way to a jump; of several
+            places only if that is so at all of them
         """
         if self.kind == "r":
             self._check_return_points()
             if self.maxactive <= 0:
                 self.maxactive = default_maxactive(kernel)
-        programs = []
+        programs: list[Program] = []
+        refused: dict[Point, CannotDisplace | NotResident] = {}
         for point in self.points:
-            programs.append(
-                Program(
-                    self.kind,
-                    self._engine.displacement(point.function, point.address),
-                    generate(self._definition, kernel, point),
-                    maxactive=self.maxactive if self.kind == "r" else 0,
-                    at_entry=point.is_entry,
-                    point=point.address,
-                )
-            )
+            try:
+                programs.append(self._program(kernel, point))
+            except (CannotDisplace, NotResident) as e:
+                refused[point] = e
+        if refused and (self._make_stopping is None or not programs):
+            raise next(iter(refused.values()))
         self._programs = programs
+        self._stop_at(kernel, refused)
+
+    def _program(self, kernel: Kernel, point: Point) -> Program:
+        return Program(
+            self.kind,
+            self._engine.displacement(point.function, point.address),
+            generate(self._definition, kernel, point),
+            maxactive=self.maxactive if self.kind == "r" else 0,
+            at_entry=point.is_entry,
+            point=point.address,
+        )
+
+    def _stop_at(self, kernel: Kernel, refused: Mapping[Point, Exception]) -> None:
+        # The other tier's probe does the work at these places, and this one has the name.
+        if self._stopping is not None:
+            self._counted[_FAULTS] += self._stopping.nfaults
+        self._stopping, self._attached, self.tier_reason = None, (), ""
+        if not refused or self._make_stopping is None:
+            return
+        self._stopping = self._make_stopping()
+        self._stopping.manager = self.manager
+        self._stopping.points = tuple(refused)
+        self._stopping.prepare(kernel)
+        self._attached = self._stopping.attachments()
+        for attachment in self._attached:
+            attachment.probe = self
+        why = "; ".join(f"{_shown(point)}: {error}" for point, error in refused.items())
+        self.tier_reason = f"stops at {len(refused)} of {len(self.points)} places: {why}"
 
     def install(self) -> None:
         """Put it into the guest, and say what its records mean.
@@ -89,12 +125,12 @@ class ResidentProbe(Probe):
             if program.body is not None and program.body.map is not None and self._maps:
                 self._maps.add(program.body.map, program.body.fields)
         self._engine.install(self._programs)
-        for point, program in zip(self.points, self._programs, strict=True):
+        for program in self._programs:
             assert program.body is not None
             if program.body.map is not None:
                 continue
-            where = self._engine.kernel.symbolize(point.address)
-            recorded = Recorded(self.name, self.kind, point.address, where, program.body)
+            where = self._engine.kernel.symbolize(program.point)
+            recorded = Recorded(self.name, self.kind, program.point, where, program.body)
             self._reader.add(program.id, recorded)
 
     def uninstall(self) -> None:
@@ -145,6 +181,8 @@ class ResidentProbe(Probe):
             if program.id in self._engine.programs:
                 counts = self._engine.counts(program)
                 total += (counts.hits, counts.nmissed, counts.nfaults)[index]
+        if self._stopping is not None and index == _FAULTS:
+            total += self._stopping.nfaults
         return total
 
     def _check_return_points(self) -> None:

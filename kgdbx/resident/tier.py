@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.event import Event
+from kgdbx.probes.probe import Probe
 from kgdbx.resident.compile.codegen import NotResident
 from kgdbx.resident.doorbell import Doorbell
 from kgdbx.resident.engine import Engine
@@ -54,14 +55,26 @@ class ResidentTier:
         self.maps = Maps(self.engine)
         self._reaper = Reaper(kernel, self.engine)
 
-    def probe(self, definition: ProbeDefinition, *, inlined_copies: bool = True) -> ResidentProbe:
+    def probe(
+        self,
+        definition: ProbeDefinition,
+        *,
+        inlined_copies: bool = True,
+        stopping: Callable[[], Probe] | None = None,
+    ) -> ResidentProbe:
         """A probe to be registered; whether it can run in the guest shows then.
 
+        :param stopping: see :class:`~kgdbx.resident.probe.ResidentProbe`
         :raises NotResident: if this kernel cannot have any now
         """
         self.check()
         return ResidentProbe(
-            definition, self.engine, self.reader, self.maps, inlined_copies=inlined_copies
+            definition,
+            self.engine,
+            self.reader,
+            self.maps,
+            inlined_copies=inlined_copies,
+            stopping=stopping,
         )
 
     def check(self) -> None:

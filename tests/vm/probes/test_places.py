@@ -9,9 +9,11 @@ import pytest
 
 from kgdbx.errors import ProbeError
 from kgdbx.machine.vm import configure, launch
+from kgdbx.probes.event import Event
 from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
+from kgdbx.resident.place.displacement import CannotDisplace
 from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.tasks import Task
@@ -174,3 +176,27 @@ def test_line_of_a_function(guest: Any) -> None:
     assert len(hits) == CALLS
     with pytest.raises(ProbeError, match="do_sys_openat2 has no code on line 900 or after it"):
         guest.session.register(Kprobe("do_sys_openat2:900"))
+
+
+def test_inlined_copies_that_cannot_be_displaced_stop(guest: Any) -> None:
+    # fsync()'s copy of fdput() is where a branch leads to; the others run inside the kernel.
+    before = guest.text()
+    events: list[Event] = []
+    guest.session.event_listeners.append(events.append)
+    (probe,) = guest.session.define("p:put fdput $comm")
+    assert probe.tier == "resident"
+    assert probe.tier_reason.startswith("stops at 29 of 195 places: ")
+    assert "__x64_sys_fsync+0x3c: __x64_sys_fsync+0x" in probe.tier_reason
+    assert "jumps into the displaced instructions" in probe.tier_reason
+    guest.run("dd if=/etc/hostname of=/tmp/copy bs=1 count=5 conv=fsync 2> /dev/null")
+    copying = [e for e in events if e.task.comm == "dd"]
+    where = Counter(e.where.partition("+")[0] for e in copying)
+    assert where["ksys_write"] == 6  # the last is what it says at the end
+    assert where["__x64_sys_fsync"] == 1
+    assert [e.ts_ns for e in events] == sorted(e.ts_ns for e in events)
+    assert {e.fields["$comm"] for e in copying} == {"dd"}
+    assert probe.hits == len(events)
+    probe.unregister()
+    assert guest.text() == before
+    with pytest.raises(CannotDisplace, match="jumps into the displaced instructions"):
+        guest.session.define("p:put fdput $comm", tier="resident")
