@@ -211,18 +211,21 @@ static __always_inline void count_fault(const struct probe *p)
 
 /*
  * A handler that calls functions of the kernel must not be entered by a probe in one of them: the
- * hit is missed, as a hit inside a handler is with the kernel's own kprobes.
+ * hit is missed, as a hit inside a handler is with the kernel's own kprobes. The guard names the
+ * task: one that an oops in a handler has killed keeps nobody else out.
  */
 static __always_inline bool enter_handler(const struct probe *p)
 {
+	const u64 task = (u64)current_task();
+
 	gs_add32(PREEMPT_COUNT, 1);
 	barrier();
-	if (unlikely(GS(volatile u64, GUARD))) {
+	if (unlikely(GS(volatile u64, GUARD) == task)) {
 		count_missed(p);
 		gs_add32(PREEMPT_COUNT, -1);
 		return false;
 	}
-	GS(volatile u64, GUARD) = 1;
+	GS(volatile u64, GUARD) = task;
 	return true;
 }
 

@@ -230,6 +230,24 @@ def test_handler_is_not_entered_from_a_handler(guest: Any, tmp_path: Path) -> No
     assert (root.decided, root.nmissed) == (0, CALLS)
 
 
+def test_a_handler_that_faults_ends_its_task_alone(
+    guest: Any, source: Callable[[str], Path]
+) -> None:
+    before = guest.text()
+    # A probe whose handler calls the kernel is kept out of that, also on the vCPU of the oops.
+    (after,) = guest.session.define(f"p:after {GETPGID} $kstack", tier="resident")
+    handler = source("int handler(struct pt_regs *regs)\n{\n\treturn *(volatile int *)8;\n}\n")
+    faulty = guest.session.replace("do_sys_openat2", handler, condition='$comm == "cat"')
+    assert guest.run("cat /etc/hostname; echo $?; caller 2 1009").startswith("Killed\n137\n1009 ")
+    assert "BUG: kernel NULL pointer dereference, address: 0000000000000008" in guest.run("dmesg")
+    assert (after.hits, after.nmissed) == (1009, 0)
+    assert faulty.nmissed == 0
+    faulty.unregister()
+    after.unregister()
+    assert guest.run("cat /etc/hostname") == "kgdbx\n"
+    assert guest.text() == before
+
+
 def test_session_ends_while_a_replacement_sleeps(clone_of: Any, tmp_path: Path) -> None:
     path = tmp_path / "slow.c"
     path.write_text(
