@@ -61,16 +61,20 @@ class FrameNames:
             for n, address in enumerate(addresses)
         )
 
+    def forget_init(self, module: LoadedModule) -> None:
+        """Forget init code that lay where another module is being loaded now."""
+        for name, functions in self._init.items():
+            self._init[name] = tuple(f for f in functions if not module.contains(f.address))
+
     def remember_init(self, module: LoadedModule) -> None:
         """Know a module's init code: its symbols go before what it did has been read.
 
         ``do_init_module()`` of kernel/module/main.c takes them away when init has returned.
         """
-        regions = [(start, start + size) for start, size, is_init in module.regions if is_init]
         found = (
             self._kernel.function_at(symbol.address)
             for symbol in self._kernel.modules.symbols(module)
-            if symbol.is_function and any(a <= symbol.address < b for a, b in regions)
+            if symbol.is_function and module.in_init(symbol.address)
         )
         self._init[module.name] = tuple(function for function in found if function is not None)
 

@@ -187,6 +187,7 @@ class LeakWatch:
     # Modules come and go; the guest stands
 
     def _loading(self, module: LoadedModule) -> None:
+        self._frames.forget_init(module)
         if module.name in self._names:
             self._frames.remember_init(module)
             self._begin(module)
