@@ -12,7 +12,7 @@ from kgdbx.errors import CommandError
 
 __all__ = ("Allocator", "Watched", "load_allocators", "present", "read_allocators")
 
-_KINDS = ("allocate", "free", "transfer")
+_KINDS = ("allocate", "free", "transfer", "resize")
 _KEYS = {"group", "kind", "functions", "address", "size", "count"}
 _NAME = re.compile(r"([\w-]+:)?[A-Za-z_][\w.]*")
 _RETURNED = re.compile(r"\bret\b")
@@ -23,7 +23,8 @@ class Allocator:
     """One way to allocate or to free.
 
     :ivar group: what it is told of as, when none of a group is there
-    :ivar kind: ``allocate``, ``free``, or ``transfer``: the block is the kernel's from now on
+    :ivar kind: ``allocate``, ``free``, ``transfer``: the block is the kernel's from now on, or
+        ``resize``: it has another size if it is returned where it was
     :ivar functions: names that it has in one kernel or another, ``module:name`` in a module
     :ivar address: C over ``a1`` to ``a4``, and ``ret`` of what allocates
     :ivar size: C for the bytes; 0 if they are not known
@@ -128,5 +129,7 @@ def _read(data: Any, where: str) -> Allocator:
     if texts["kind"] not in _KINDS:
         raise CommandError(f"{where}: there is no kind {texts['kind']!r}; give {', '.join(_KINDS)}")
     if texts["kind"] != "allocate" and any(map(_RETURNED.search, texts.values())):
-        raise CommandError(f"{where}: what frees is looked at before it runs, and has no ret")
+        raise CommandError(f"{where}: {texts['kind']} is looked at before it runs, and has no ret")
+    if texts["kind"] == "resize" and ("count" in texts or "size" not in texts):
+        raise CommandError(f"{where}: resize has a size, and no count")
     return Allocator(functions=tuple(functions), **texts)

@@ -44,11 +44,11 @@ struct bucket {
 struct block {
 	u64 size;
 	u64 stack;
-	u64 tsc;
+	u64 jiffies;
 	u64 pid_tgid;
 	u64 comm[2];
 	u64 session;
-	u64 flags;
+	u64 order; /* << 1, and whether it was in an interrupt */
 };
 
 struct watch_record {
@@ -68,9 +68,10 @@ struct seen {
 	u64 version; /* odd while it is being written */
 	u64 stack;
 	u64 count;
+	u64 depth; /* the highest place: a stack that is less deep is another one */
 	u64 frames[SHAPE];
 	u16 places[SHAPE];
-	u8 spare[40];
+	u8 spare[32];
 };
 
 /* The low bits of a stack's number, which is a hash of its frames, say what is known of it. */
@@ -79,8 +80,7 @@ struct seen {
 #define DIRECT 4UL
 #define MODULE_SHIFT 8
 #define INFO 0xffffUL
-
-#define FROM_INTERRUPT 1UL
+#define NOT_LOOKED_AT 1UL /* no stack's: KNOWN alone is never told */
 
 #define CONTROL_BLOCK ((struct control *)CONTROL)
 #define BUSY 1UL
@@ -89,6 +89,12 @@ struct seen {
 static __always_inline void atomic_add(u64 *at, u64 value)
 {
 	__asm__ volatile("lock addq %1, %0" : "+m"(*at) : "er"(value) : "memory", "cc");
+}
+
+static __always_inline u64 atomic_fetch_add(u64 *at, u64 value)
+{
+	__asm__ volatile("lock xaddq %0, %1" : "+r"(value), "+m"(*at) : : "memory", "cc");
+	return value;
 }
 
 static __always_inline bool atomic_swap_from(u64 *at, u64 from, u64 to)
@@ -118,14 +124,17 @@ static __always_inline u64 cache_size(u64 cache)
 	return *(const u32 *)(cache + OBJECT_SIZE);
 }
 
-/* Where the stack ends that sp is on; a handler of interrupts has one of its own. */
+/*
+ * Where the stack ends that sp is on, without the registers of user mode above it; a handler of
+ * interrupts has one of its own.
+ */
 static __always_inline const u64 *stack_end(const u64 *sp)
 {
 	u64 base = *(const u64 *)(current_task() + TASK_STACK);
 	u64 top;
 
 	if ((u64)sp - base < STACK_BYTES)
-		return (const u64 *)(base + STACK_BYTES);
+		return (const u64 *)(base + STACK_BYTES - sizeof(struct regs));
 	top = GS(u64, HARDIRQ_STACK);
 	return top - (u64)sp < STACK_BYTES ? (const u64 *)top : sp;
 }
@@ -136,16 +145,34 @@ static __always_inline bool is_stub(u64 word)
 	return word - WINDOW < WINDOW_BYTES && !(word & 15) && *(const u8 *)word == 0x68;
 }
 
-/* Whether any word on the stack points into a watched module. */
-static __always_inline bool is_anywhere(const u64 *sp)
+/* How many of eight words are below an address: two instructions each, and no jumps. */
+static __always_inline u64 count_below(const u64 *words, u64 address)
+{
+	return (words[0] < address) + (words[1] < address) + (words[2] < address) +
+	       (words[3] < address) + (words[4] < address) + (words[5] < address) +
+	       (words[6] < address) + (words[7] < address);
+}
+
+/* Whether any word on the stack points into a watched module; nearly all words lie below. */
+static __always_inline bool is_anywhere(const u64 *sp, const u64 *end)
 {
 	const u64 low = CONTROL_BLOCK->low, span = CONTROL_BLOCK->span;
-	const u64 *end = stack_end(sp);
+	const u64 *next;
 
-#pragma GCC unroll 4
-	for (; sp < end; sp++)
-		if (unlikely(*sp >= low) && *sp - low < span) /* most words are below: one comparison */
-			return true;
+	while (sp < end) {
+		next = sp + 8;
+		if (likely(next <= end)) {
+			if (likely(count_below(sp, low) == 8)) {
+				sp = next;
+				continue;
+			}
+		} else {
+			next = end;
+		}
+		for (; sp < next; sp++)
+			if (unlikely(*sp - low < span))
+				return true;
+	}
 	return false;
 }
 
@@ -223,41 +250,66 @@ static __always_inline bool is_nested(const u64 *at, const u64 *recent)
 		slot_of(*at)->probe->id - CONTROL_BLOCK->first_probe < CONTROL_BLOCK->probes);
 }
 
-/* The number of a stack that was unwound before, 0 if it was not; and whether it is nested. */
-static __slow u64 find_seen(const struct probe *p, u64 key, const u64 *sp, bool *nested)
+/*
+ * Whether what is on the stack are the frames of one that was unwound.
+ * *hooked: whether a call that a return probe waits for is among them
+ */
+static __always_inline bool is_same(const struct seen *seen, const u64 *sp, bool *hooked)
+{
+	const u16 *places = seen->places, *end = places + seen->count;
+	const u64 *frames = seen->frames;
+
+	for (*hooked = false; places < end; places++, frames++) {
+		if (likely(sp[*places] == *frames))
+			continue;
+		if (!returns_to(sp[*places], *frames))
+			return false;
+		*hooked = true;
+	}
+	return true;
+}
+
+/* Whether a call is inside of another one that is watched. */
+static __slow bool is_part(const struct seen *seen, const u64 *sp, const u64 *recent)
+{
+	u64 n;
+
+	for (n = 0; n < seen->count; n++)
+		if (is_nested(sp + seen->places[n], recent))
+			return true;
+	return false;
+}
+
+/*
+ * Whether a stack was unwound before; what look_at_stack() says of it then.
+ * depth: of this one, in words
+ */
+static __always_inline bool find_seen(const struct probe *p, u64 key, const u64 *sp, u64 depth,
+				      u64 *stack)
 {
 	const struct seen *seen = seen_set(key), *end = seen + SEEN_WAYS;
 
-	for (; seen < end; seen++) {
-		u64 version, n, stack;
+	for (; seen < end && seen->key; seen++) { /* filled from the front */
 		const u64 *recent;
+		bool hooked;
+		u64 version;
 
-		if (!seen->key) /* filled from the front */
-			return 0;
-		if (seen->key != key)
+		if (seen->key != key || seen->depth >= depth)
 			continue;
 		version = *(const volatile u64 *)&seen->version;
-		recent = recent_place(p, sp);
-		*nested = false;
-		for (n = 0; n < seen->count; n++) {
-			const u64 *at = sp + seen->places[n];
-
-			if (likely(*at == seen->frames[n])) {
-				*nested |= at == recent;
-				continue;
-			}
-			if (!returns_to(*at, seen->frames[n]))
-				break;
-			*nested |= is_nested(at, recent);
-		}
-		if (n < seen->count)
+		*stack = seen->stack;
+		if (!is_same(seen, sp, &hooked))
 			continue;
-		stack = seen->stack;
 		barrier();
-		if (!(version & 1) && *(const volatile u64 *)&seen->version == version)
-			return stack;
+		if (version & 1 || *(const volatile u64 *)&seen->version != version)
+			continue;
+		if (!(*stack & OWNED))
+			*stack = 0;
+		else if (recent = recent_place(p, sp), unlikely(hooked || recent))
+			*stack = CALLED(is_part(seen, sp, recent)) ? 0 : *stack;
+		return true;
 	}
-	return 0;
+	return false;
 }
 
 /*
@@ -301,6 +353,7 @@ static __slow bool remember(u64 key, u64 stack, const u64 *frames, const u16 *pl
 		seen->frames[n] = frames[n + 1];
 	}
 	seen->count = count;
+	seen->depth = count ? places[count - 1] : 0;
 	seen->stack = stack;
 	seen->key = key;
 	barrier();
@@ -356,15 +409,15 @@ static __always_inline u32 unwind(const struct probe *p, const u64 *sp, u64 bp,
 	return count;
 }
 
-/* Unwind a stack, and tell the host of it if it is of a watched module. */
-static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key, bool *nested)
+/* Unwind a stack, and tell the host of it if it is of a watched module: its number then, or 0. */
+static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key)
 {
 	u64 frames[UNWOUND], stack = CONTROL_BLOCK->seed;
 	u32 n, count = unwind(p, sp, bp, frames), placed;
+	const u64 *recent = recent_place(p, sp);
 	u16 places[SHAPE];
-	const u64 *recent;
+	bool part = false;
 
-	*nested = false;
 	for (n = 0; n < count; n++)
 		stack = mix(stack, frames[n]);
 	stack = (stack & ~INFO) | KNOWN;
@@ -377,27 +430,27 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key, b
 		}
 	}
 	placed = CALLED(find_places(sp, frames, count, places));
-	recent = recent_place(p, sp);
 	for (n = 0; n < placed; n++)
-		*nested |= is_nested(sp + places[n], recent);
-	if (stack & OWNED && !*nested && !CALLED(say(p, STACK, stack, 0, 0, frames, count)))
+		part |= is_nested(sp + places[n], recent);
+	/* A part is not told of, and may be met when it is none. */
+	if (part)
+		return 0;
+	if (stack & OWNED && !CALLED(say(p, STACK, stack, 0, 0, frames, count)))
 		return stack;
-	/* A nested one is not told of, and may be met when it is not nested. */
-	if (placed + 2 >= count && !*nested)
+	if (placed + 2 >= count)
 		CALLED(remember(key, stack, frames, places, placed));
-	return stack;
+	return stack & OWNED ? stack : 0;
 }
 
 /* The number of a stack of a watched module, 0 if it is not of one, or part of another call. */
 static __always_inline u64 look_at_stack(const struct probe *p, const u64 *sp, u64 bp)
 {
+	const u64 *end = stack_end(sp);
 	u64 key = mix(p->point, *sp) | 1, stack;
-	bool nested;
 
-	stack = CALLED(find_seen(p, key, sp, &nested));
-	if (!stack && is_anywhere(sp))
-		stack = CALLED(learn(p, sp, bp, key, &nested));
-	return stack & OWNED && !nested ? stack : 0;
+	if (find_seen(p, key, sp, end - sp, &stack))
+		return stack;
+	return likely(!is_anywhere(sp, end)) ? 0 : CALLED(learn(p, sp, bp, key));
 }
 
 static __always_inline u64 bucket_of(u64 address)
@@ -423,58 +476,90 @@ static __always_inline void spilled(u64 first, u32 count, u64 change)
 		atomic_add(&bucket_at(first + n)->spilled, change);
 }
 
-/* Strike an address out. What was known of it is left in *was. */
-static __always_inline bool strike_out(u64 address, u64 *stack, u64 *session)
+/* Where an address is in the ledger; false if it is not. */
+static __always_inline bool find_address(u64 address, u64 *number, u32 *key)
 {
 	u64 first = bucket_of(address);
-	u32 n, key;
+	u32 n;
 
 	for (n = 0; n < LONGEST_SPILL; n++) {
-		struct bucket *bucket = bucket_at(first + n);
+		const struct bucket *bucket = bucket_at(first + n);
 
-		for (key = 0; key < BUCKET_KEYS; key++) {
-			if (unlikely(bucket->keys[key] == address)) {
-				*stack = block_at(first + n, key)->stack;
-				*session = block_at(first + n, key)->session;
-				if (!atomic_swap_from(&bucket->keys[key], address, 0))
-					return false;
-				spilled(first, n, -1);
+		*number = first + n;
+		for (*key = 0; *key < BUCKET_KEYS; ++*key)
+			if (unlikely(bucket->keys[*key] == address))
 				return true;
-			}
-		}
 		if (likely(!bucket->spilled))
 			return false;
 	}
 	return false;
 }
 
-static __slow bool enter_block(u64 address, u64 size, u64 stack)
+/* Strike an address out. What was known of it is left in *was. */
+static __always_inline bool strike_out(u64 address, u64 *stack, u64 *session)
+{
+	u64 number;
+	u32 key;
+
+	if (!find_address(address, &number, &key))
+		return false;
+	*stack = block_at(number, key)->stack;
+	*session = block_at(number, key)->session;
+	if (!atomic_swap_from(&bucket_at(number)->keys[key], address, 0))
+		return false;
+	spilled(bucket_of(address), number - bucket_of(address), -1);
+	return true;
+}
+
+/* hook_return() without the time of the call. */
+static __always_inline struct slot *await_return(struct probe *p, const u64 *sp)
+{
+	struct slot *slot = take_slot(p);
+	const u8 *task = current_task();
+
+	if (unlikely(!slot)) {
+		count_missed(p);
+		return 0;
+	}
+	slot->ret_addr = *sp;
+	slot->place = (u64)sp;
+	slot->pid = *(const u32 *)(task + TASK_PID);
+	barrier();
+	*(volatile u64 *)&slot->task = (u64)task;
+	return slot;
+}
+
+static __always_inline void fill_block(struct block *block, u64 size, u64 stack, u64 order)
+{
+	const u8 *task = current_task();
+
+	block->size = size;
+	block->stack = stack;
+	block->jiffies = *(const volatile u64 *)JIFFIES; /* reading the TSC takes as long as the rest */
+	block->pid_tgid = *(const u64 *)(task + TASK_PID);
+	block->comm[0] = *(const u64 *)(task + TASK_COMM);
+	block->comm[1] = *(const u64 *)(task + TASK_COMM + 8);
+	block->session = CONTROL_BLOCK->session;
+	/* NMI_MASK, HARDIRQ_MASK, SOFTIRQ_OFFSET: include/linux/preempt.h */
+	block->order = order << 1 | !!(GS(u32, PREEMPT_COUNT) & 0xff0100);
+}
+
+static __always_inline bool enter_block(u64 address, u64 size, u64 stack)
 {
 	struct control *control = CONTROL_BLOCK;
-	const u8 *task = current_task();
-	u64 old_stack, old_session, first = bucket_of(address);
+	u64 old_stack, old_session, first = bucket_of(address), order;
 	u32 n, key;
 
-	if (strike_out(address, &old_stack, &old_session))
+	if (unlikely(strike_out(address, &old_stack, &old_session)))
 		atomic_add(&control->replaced, 1);
-	atomic_add(&control->allocations[stack >> MODULE_SHIFT & (NAMES - 1)], 1);
+	order = atomic_fetch_add(&control->allocations[stack >> MODULE_SHIFT & (NAMES - 1)], 1);
 	for (n = 0; n < LONGEST_SPILL; n++) {
 		struct bucket *bucket = bucket_at(first + n);
 
 		for (key = 0; key < BUCKET_KEYS; key++) {
-			struct block *block = block_at(first + n, key);
-
 			if (bucket->keys[key] || !atomic_swap_from(&bucket->keys[key], 0, BUSY))
 				continue;
-			block->size = size;
-			block->stack = stack;
-			block->tsc = read_tsc();
-			block->pid_tgid = *(const u64 *)(task + TASK_PID);
-			block->comm[0] = *(const u64 *)(task + TASK_COMM);
-			block->comm[1] = *(const u64 *)(task + TASK_COMM + 8);
-			block->session = control->session;
-			/* NMI_MASK, HARDIRQ_MASK, SOFTIRQ_OFFSET: include/linux/preempt.h */
-			block->flags = GS(u32, PREEMPT_COUNT) & 0xff0100 ? FROM_INTERRUPT : 0;
+			fill_block(block_at(first + n, key), size, stack, order);
 			barrier();
 			*(volatile u64 *)&bucket->keys[key] = address;
 			return true;
@@ -487,55 +572,74 @@ static __slow bool enter_block(u64 address, u64 size, u64 stack)
 }
 
 /* At the entry of an allocator. */
-static __slow bool allocating(struct probe *p, const u64 *sp, u64 bp, u64 a1, u64 a2, u64 a3,
-			      u64 a4)
+static __always_inline void allocating(struct probe *p, const u64 *sp, u64 bp, u64 a1, u64 a2,
+				       u64 a3, u64 a4)
 {
 	u64 stack = look_at_stack(p, sp, bp);
-	const struct context c = { .sp = (u64)sp, .task = current_task() };
 	struct slot *slot;
 
-	if (!stack)
-		return false;
+	if (likely(!stack))
+		return;
 	count_hit(p);
-	slot = hook_return(p, &c);
-	if (!slot)
-		return false;
+	slot = await_return(p, sp);
+	if (unlikely(!slot))
+		return;
 	slot->saved[0] = stack;
 	slot->saved[1] = a1;
 	slot->saved[2] = a2;
 	slot->saved[3] = a3;
 	slot->saved[4] = a4;
-	arm_return(slot, &c);
+	barrier();
+	*(volatile u64 *)sp = slot->stub;
+}
+
+/* At the entry of what may give a block another size where it is. */
+static __slow bool resizing(struct probe *p, const u64 *sp, u64 address, u64 size)
+{
+	struct slot *slot = await_return(p, sp);
+
+	if (!slot)
+		return false;
+	slot->saved[0] = address;
+	slot->saved[1] = size;
+	barrier();
+	*(volatile u64 *)sp = slot->stub;
 	return true;
 }
 
-/* At the entry of what frees an address that was struck out. */
-static __slow bool freed(struct probe *p, const u64 *sp, u64 bp, u64 address, u64 stack,
-			 u64 session)
+/* A free of what an earlier session has allocated, or clear() has forgotten. */
+static __slow bool freed_late(const struct probe *p, const u64 *sp, u64 bp, u64 address, u64 stack,
+			      u64 session)
 {
-	struct control *control = CONTROL_BLOCK;
 	u64 frames[UNWOUND];
 
-	count_hit(p);
-	note_recent(p, sp);
-	if (session == control->session) {
-		atomic_add(&control->frees[stack >> MODULE_SHIFT & (NAMES - 1)], 1);
-		return true;
-	}
 	return CALLED(say(p, LATE, stack, address, session, frames, unwind(p, sp, bp, frames)));
 }
 
-/* At the entry of what frees an address that is not in the ledger. */
-static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64 address,
-				     bool quiet)
+/* At the entry of what frees an address; *stack is that of the call once it was looked at. */
+static __always_inline void freeing(struct probe *p, const u64 *sp, u64 bp, u64 address, bool quiet,
+				    u64 *stack)
 {
-	u64 stack = look_at_stack(p, sp, bp);
+	struct control *control = CONTROL_BLOCK;
+	u64 allocated, session;
 
-	if (!stack)
-		return false;
-	count_hit(p);
-	note_recent(p, sp);
-	return quiet || CALLED(say(p, UNALLOCATED, stack, address, CONTROL_BLOCK->session, 0, 0));
+	if (strike_out(address, &allocated, &session)) {
+		count_hit(p);
+		note_recent(p, sp);
+		if (likely(session == control->session))
+			atomic_add(&control->frees[allocated >> MODULE_SHIFT & (NAMES - 1)], 1);
+		else
+			CALLED(freed_late(p, sp, bp, address, allocated, session));
+		return;
+	}
+	if (*stack == NOT_LOOKED_AT)
+		*stack = likely(control->span) ? look_at_stack(p, sp, bp) : 0;
+	if (unlikely(*stack)) {
+		count_hit(p);
+		note_recent(p, sp);
+		if (!quiet)
+			CALLED(say(p, UNALLOCATED, *stack, address, control->session, 0, 0));
+	}
 }
 
 /* Behind the frame pointer: the return to the stub, pp, and then the function's own stack. */
@@ -546,7 +650,7 @@ static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64
 	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
 	{                                                                                          \
 		if (likely(CONTROL_BLOCK->span))                                                   \
-			CALLED(allocating((struct probe *)pp, ENTRY_SP, ENTRY_BP, a1, a2, a3, a4)); \
+			allocating((struct probe *)pp, ENTRY_SP, ENTRY_BP, a1, a2, a3, a4);        \
 	}                                                                                          \
 	__handler void return_##number(struct slot *slot, u64 ret, u64 rdx, u64 *place)            \
 	{                                                                                          \
@@ -559,7 +663,7 @@ static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64
 		for (n = 0; n < (u64)(count_of); n++) {                                            \
 			address = each ? ((const u64 *)(address_of))[n] : (u64)(address_of);       \
 			if (is_memory(address))                                                    \
-				CALLED(enter_block(address, (size_of), slot->saved[0]));           \
+				enter_block(address, (size_of), slot->saved[0]);                   \
 		}                                                                                  \
 		release_slot(slot);                                                                \
 	}
@@ -567,17 +671,33 @@ static __slow bool freed_unallocated(struct probe *p, const u64 *sp, u64 bp, u64
 #define RELEASER(number, each, address_of, quiet, count_of)                                        \
 	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
 	{                                                                                          \
-		struct probe *p = (struct probe *)pp;                                              \
-		const u64 *sp = ENTRY_SP;                                                          \
-		u64 n, address, stack, session;                                                    \
+		u64 n, address, stack = NOT_LOOKED_AT;                                             \
                                                                                                    \
 		for (n = 0; n < (u64)(count_of); n++) {                                            \
 			address = each ? ((const u64 *)(address_of))[n] : (u64)(address_of);       \
-			if (!is_memory(address))                                                   \
-				continue;                                                          \
-			if (unlikely(strike_out(address, &stack, &session)))                       \
-				CALLED(freed(p, sp, ENTRY_BP, address, stack, session));           \
-			else if (likely(CONTROL_BLOCK->span))                                      \
-				CALLED(freed_unallocated(p, sp, ENTRY_BP, address, quiet));        \
+			if (is_memory(address))                                                    \
+				freeing((struct probe *)pp, ENTRY_SP, ENTRY_BP, address, quiet,    \
+					&stack);                                                   \
 		}                                                                                  \
+	}
+
+/* A block that has moved was allocated and freed as any other. */
+#define RESIZER(number, address_of, size_of)                                                       \
+	__handler void handler_##number(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 pp)    \
+	{                                                                                          \
+		u64 address = (u64)(address_of), bucket;                                           \
+		u32 key;                                                                           \
+                                                                                                   \
+		if (is_memory(address) && unlikely(find_address(address, &bucket, &key)))          \
+			CALLED(resizing((struct probe *)pp, ENTRY_SP, address, (u64)(size_of)));   \
+	}                                                                                          \
+	__handler void return_##number(struct slot *slot, u64 ret, u64 rdx, u64 *place)            \
+	{                                                                                          \
+		u64 bucket;                                                                        \
+		u32 key;                                                                           \
+                                                                                                   \
+		*place = slot->ret_addr;                                                           \
+		if (ret == slot->saved[0] && find_address(ret, &bucket, &key))                     \
+			block_at(bucket, key)->size = slot->saved[1];                              \
+		release_slot(slot);                                                                \
 	}

@@ -4,6 +4,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import drgn
 import numpy as np
@@ -86,7 +87,7 @@ class Live:
 
     :ivar stack: number of the stack that allocated it
     :ivar module: number of the module that it belongs to
-    :ivar tsc: when
+    :ivar time_ns: when, of the guest's time since it was booted, to a tick
     :ivar from_interrupt: the task had nothing to do with it
     """
 
@@ -94,7 +95,7 @@ class Live:
     size_bytes: int
     stack: int
     module: int
-    tsc: int
+    time_ns: int
     pid: int
     comm: str
     session: int
@@ -140,6 +141,9 @@ class GuestLedger:
         self._seen = engine.allocate(_SEEN_BYTES)
         self._recent = engine.allocate(_RECENT_BYTES)
         self._bits, self._buckets, self._blocks = _table(engine)
+        self._tick_ns = kernel.memory.read_u64(kernel.address("tick_nsec"))
+        # INITIAL_JIFFIES, include/linux/jiffies.h
+        self._first_jiffy = -300 * round(10**9 / self._tick_ns) & 0xFFFFFFFF
         self.source = self._source(kernel)
         self._seed = 1
 
@@ -149,13 +153,15 @@ class GuestLedger:
         return _BUCKET_KEYS << self._bits
 
     def body(self, allocator: Allocator) -> Body:
-        """The code for a function that allocates or frees."""
+        """The code for a function that allocates, frees or changes a size."""
         each, count = int(allocator.count is not None), allocator.count or "1"
+        address, quiet = allocator.address, int(allocator.kind == "transfer")
         if allocator.kind == "allocate":
-            macro, value = "ALLOCATOR", allocator.size
+            text = f"ALLOCATOR(@N@, {each}, {address}, {allocator.size}, {count})\n"
+        elif allocator.kind == "resize":
+            text = f"RESIZER(@N@, {address}, {allocator.size})\n"
         else:
-            macro, value = "RELEASER", str(int(allocator.kind == "transfer"))
-        text = f"{macro}(@N@, {each}, {allocator.address}, {value}, {count})\n"
+            text = f"RELEASER(@N@, {each}, {address}, {quiet}, {count})\n"
         return Body(
             None,
             "",
@@ -196,24 +202,28 @@ class GuestLedger:
         return Counters(full, replaced, unsaid, tuple(rest[:NAMES]), tuple(rest[NAMES:]))
 
     def live(self) -> Iterator[Live]:
-        """The blocks that are allocated now. If the guest runs, it goes on meanwhile."""
+        """The blocks that are allocated now, those of each module in the order of their allocation.
+
+        If the guest runs, it goes on meanwhile.
+        """
         data = self._host.read(self._buckets, _BUCKET_BYTES << self._bits)
         keys = np.frombuffer(data, "<u8").reshape(-1, _BUCKET_BYTES // 8)[:, :_BUCKET_KEYS]
+        found: list[tuple[int, tuple[Any, ...]]] = []
         for bucket, key in np.argwhere(keys > 1):  # 1 is in the making
             at = self._blocks + (int(bucket) * _BUCKET_KEYS + int(key)) * _BLOCK.size
-            size, stack, tsc, pid, _, comm, session, flags = _BLOCK.unpack(
-                self._host.read(at, _BLOCK.size)
-            )
+            found.append((int(keys[bucket, key]), _BLOCK.unpack(self._host.read(at, _BLOCK.size))))
+        for address, block in sorted(found, key=lambda each: each[1][-1]):
+            size, stack, jiffies, pid, _, comm, session, order = block
             yield Live(
-                int(keys[bucket, key]),
+                address,
                 size,
                 stack & ~_INFO,
                 stack >> 8 & NAMES - 1,
-                tsc,
+                (jiffies - self._first_jiffy) * self._tick_ns,
                 pid,
                 comm.split(b"\0")[0].decode("utf-8", "replace"),
                 session,
-                bool(flags & _FROM_INTERRUPT),
+                bool(order & _FROM_INTERRUPT),
             )
 
     def _source(self, kernel: Kernel) -> str:
@@ -227,6 +237,7 @@ class GuestLedger:
             "BLOCKS": self._blocks,
             "BUCKET_BITS": self._bits,
             "DIRECT_MAP": kernel.memory.direct_map,
+            "JIFFIES": kernel.address("jiffies_64"),
             "VMEMMAP": kernel.memory.read_u64(kernel.address("vmemmap_base")),
             "PAGE_STRUCT_BYTES": _type(kernel, "struct page").size,
             "OBJECT_SIZE": int(_type(kernel, "struct kmem_cache").member("object_size").offset),

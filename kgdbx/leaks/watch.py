@@ -95,19 +95,13 @@ class LeakWatch:
 
         :raises ProbeError: if an expression for an allocator is refused, or nothing can be placed
         """
-        for name, allocator in self.watched.functions.items():
-            try:
-                for function in self._kernel.functions(name):
-                    place = self._engine.displacement(function, function.address)
-                    kind, slots = ("r", _MAXACTIVE) if allocator.kind == "allocate" else ("p", 0)
-                    body = self._ledger.body(allocator)
-                    self._programs.append(Program(kind, place, body, maxactive=slots))
-            except KgdbxError as e:
-                self.refused[name] = str(e)
-        if not self._programs:
+        programs, resizing = self._make_programs()
+        if not programs:
             raise ProbeError("no allocator of this kernel can be watched")
+        self._programs = [*programs, *resizing]
         self._engine.install(self._programs)
-        self._numbers = range(self._programs[0].id, self._programs[-1].id + 1)
+        # What is called by one that only resizes is not part of it.
+        self._numbers = range(programs[0].id, programs[-1].id + 1)
         self._reader.batch_listeners.append(self._read)
         self._manager.loading_listeners.append(self._loading)
         self._manager.freeing_listeners.append(self._freeing)
@@ -119,6 +113,21 @@ class LeakWatch:
                 self._sessions[-1].attached_late.append(name)
         self._configure()
 
+    def _make_programs(self) -> tuple[list[Program], list[Program]]:
+        programs: list[Program] = []
+        resizing: list[Program] = []
+        for name, allocator in self.watched.functions.items():
+            try:
+                for function in self._kernel.functions(name):
+                    place = self._engine.displacement(function, function.address)
+                    returns = allocator.kind in ("allocate", "resize")
+                    kind, slots = ("r", _MAXACTIVE) if returns else ("p", 0)
+                    program = Program(kind, place, self._ledger.body(allocator), maxactive=slots)
+                    (resizing if allocator.kind == "resize" else programs).append(program)
+            except KgdbxError as e:
+                self.refused[name] = str(e)
+        return programs, resizing
+
     def stop(self) -> None:
         """Take the probes out; what was found stays. The guest stands."""
         self._note_end()
@@ -128,6 +137,11 @@ class LeakWatch:
         self._programs = []
 
     # Results
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules, as the kernel writes their names."""
+        return self._names
 
     @property
     def sessions(self) -> int:
@@ -317,7 +331,7 @@ class LeakWatch:
             block.address,
             block.size_bytes,
             stack,
-            self._engine.clock.ns(block.tsc),
+            block.time_ns,
             block.pid,
             block.comm,
             block.from_interrupt,

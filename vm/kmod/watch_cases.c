@@ -122,7 +122,8 @@ static int same(void)
 	return 0;
 }
 
-// 3 allocations as the slab sees it: one from NULL, one that moves, and one more; nothing lost
+// 4 allocations as the slab sees it: one from NULL, one that moves, one more, and one of 40 bytes
+// that grows to 61 where it is, and then cannot grow: it alone is lost
 static int realloc(void)
 {
 	void *block = krealloc(NULL, 40, GFP_KERNEL);
@@ -136,6 +137,9 @@ static int realloc(void)
 	if (moved != ZERO_SIZE_PTR)
 		return -EINVAL;
 	kept[0] = kmalloc(40, GFP_KERNEL);
+	kept[32] = krealloc(kmalloc(40, GFP_KERNEL), 61, GFP_KERNEL);
+	if (krealloc(kept[32], KMALLOC_MAX_SIZE + 1, GFP_KERNEL | __GFP_NOWARN))
+		return -EINVAL;
 	return 0;
 }
 

@@ -33,7 +33,7 @@ def test_files_add_to_what_is_known(tmp_path: Path) -> None:
         ),
         Allocator("widgets", "free", ("widget_put",), "a1"),
     )
-    assert {a.kind for a in known} == {"allocate", "free", "transfer"}
+    assert {a.kind for a in known} == {"allocate", "free", "transfer", "resize"}
 
 
 def test_what_a_kernel_does_not_have_is_told() -> None:
@@ -54,7 +54,8 @@ def test_the_last_to_name_a_function_counts() -> None:
     ("old", "new", "message"),
     [
         ('kind = "free"', 'kind = "lend"', "own: allocator 2: there is no kind 'lend'; give "),
-        ('address = "a1"', 'address = "ret"', "own: allocator 2: what frees is looked at before"),
+        ('address = "a1"', 'address = "ret"', "own: allocator 2: free is looked at before it runs"),
+        ('kind = "free"', 'kind = "resize"', "own: allocator 2: resize has a size, and no count"),
         ('address = "a1"\n', "", "own: allocator 2 has no address"),
         ('["widget_put"]', "[]", "own: allocator 2 names no functions"),
         ('"widget_put"', '"widget put"', "own: allocator 2: 'widget put' is not the name of a"),
