@@ -23,11 +23,13 @@ static void on_sigint(int number)
 /* Comes before the handler that was there the first time, if there was one. */
 void count_sigint(void)
 {
-	void (*handler)(int) = signal(SIGINT, SIG_IGN);
+	struct sigaction now;
 
-	if (!gdbs_handler && handler != SIG_IGN && handler != SIG_DFL && handler != SIG_ERR)
-		gdbs_handler = handler;
-	signal(SIGINT, gdbs_handler ? on_sigint : handler);
+	if (sigaction(SIGINT, NULL, &now) == 0 && !gdbs_handler && now.sa_handler != SIG_IGN &&
+	    now.sa_handler != SIG_DFL)
+		gdbs_handler = now.sa_handler;
+	if (gdbs_handler)
+		signal(SIGINT, on_sigint);
 }
 
 int sigint_count(void)
