@@ -6,6 +6,7 @@ groups: the slots of a slab, free ones included; and one each for any other bloc
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from kgdbx.leaks.layout import Layout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U8, U64, BulkMemory
 from kgdbx.leaks.native import Tables, pointer
-from kgdbx.leaks.pages import PageTable
+from kgdbx.leaks.pages import PageKind, PageTable
 from kgdbx.leaks.percpu import PercpuMemory
 from kgdbx.leaks.slab import ALLOCATED, Slabs, find_cache
 from kgdbx.leaks.vmalloc import Areas
@@ -139,15 +140,25 @@ class Heap:
             int(self.sizes(one)[0]),
         )
 
+    def allocated_nodes(self, caches: list[int]) -> I64:
+        """Nodes of the allocated objects of some caches, by the caches' numbers."""
+        groups = np.flatnonzero(np.isin(self.slabs.cache, caches))
+        first = self.group_first[groups].astype(np.int64)
+        counts = self.group_count[groups].astype(np.int64)
+        ends = np.cumsum(counts)
+        nodes = np.repeat(first - (ends - counts), counts) + np.arange(counts.sum())
+        used: I64 = nodes[self.node_flags[nodes] & ALLOCATED != 0]
+        return used
+
     def allocated_objects(self, cache: str) -> U64:
         """Addresses of the allocated objects of a cache, ascending within a slab."""
         wanted = [n for n, c in enumerate(self.slabs.caches) if c.name == cache]
-        return self.addresses(self._allocated_nodes(wanted))
+        return self.addresses(self.allocated_nodes(wanted))
 
     def objects_of(self, symbol: str) -> U64:
         """Addresses of the allocated objects of the cache that a variable of the kernel names."""
         number = find_cache(self.kernel, self.memory, self.slabs, symbol)
-        return self.addresses(self._allocated_nodes([] if number is None else [number]))
+        return self.addresses(self.allocated_nodes([] if number is None else [number]))
 
     def members(self, addresses: U64, offset: int) -> U64:
         """Words of many structures, zero where nothing is mapped.
@@ -158,17 +169,8 @@ class Heap:
         words = self.memory.words(np.maximum(physical, 0).astype(np.uint64))
         return np.where(physical >= 0, words, np.uint64(0))
 
-    def _allocated_nodes(self, caches: list[int]) -> I64:
-        groups = np.flatnonzero(np.isin(self.slabs.cache, caches))
-        first = self.group_first[groups].astype(np.int64)
-        counts = self.group_count[groups].astype(np.int64)
-        ends = np.cumsum(counts)
-        nodes = np.repeat(first - (ends - counts), counts) + np.arange(counts.sum())
-        used: I64 = nodes[self.node_flags[nodes] & ALLOCATED != 0]
-        return used
-
     def node_of(self, address: int) -> int | None:
-        """The node that holds an address, allocated or not."""
+        """The node that holds an address, allocated or not; per-CPU memory aside."""
         direct = address - self.memory.direct_map
         if 0 <= direct < self.memory.end:
             group = int(self.frame_group[direct // PAGE_BYTES])
@@ -182,6 +184,32 @@ class Heap:
         if row >= 0 and address < int(self.areas.start[row]) + int(self.areas.size[row]):
             return int(self.group_first[self.first_area_group + row])
         return None
+
+    def leave_out(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Neither read nor report some memory.
+
+        :param ranges: guest-virtual ``(start, size_bytes)`` of pages in the direct map, or of
+            per-CPU memory
+        """
+        for start, size in ranges:
+            first = (start - self.memory.direct_map) // PAGE_BYTES
+            if 0 <= first < len(self.frame_group):
+                frames = slice(first, first + -(-size // PAGE_BYTES))
+                self.pages.kind[frames] = PageKind.USER
+                groups = np.unique(self.frame_group[frames])
+                nodes = self.group_first[groups[groups >= 0]].tolist()
+            else:
+                node = self.percpu_node_of(start)
+                nodes = [] if node is None else [node]
+            self.node_flags[nodes] |= NO_SCAN
+
+    def percpu_node_of(self, address: int) -> int | None:
+        """The node of per-CPU memory at an address such as ``alloc_percpu()`` gives."""
+        percpu = self.percpu
+        row = int(np.searchsorted(percpu.start, np.uint64(address), side="right")) - 1
+        if row < 0 or address >= int(percpu.start[row]) + int(percpu.size[row]):
+            return None
+        return int(self.group_first[self.first_percpu_group + row])
 
     @property
     def first_area_group(self) -> int:

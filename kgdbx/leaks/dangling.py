@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 
 import drgn
+import numpy as np
 
 from kgdbx.arch.registers import Registers
 from kgdbx.leaks.blocks import Block, BlockKind, Heap
 from kgdbx.leaks.describe import member_at, symbol_at, typed_object
 from kgdbx.leaks.references import Reference, find_references
 
-__all__ = ("Dangling", "find_dangling")
+__all__ = ("Dangling", "find_dangling", "ranges_in_use")
 
 # Nothing is called by way of these.
 _NO_HOLDERS = ("struct page", "register")
@@ -43,12 +44,13 @@ def find_dangling(
 ) -> tuple[tuple[Dangling, ...], bool]:
     """Find pointers into ranges where a module was, in all memory that is in use.
 
-    :param ranges: ``(start, size_bytes)`` of guest-virtual addresses; those in which another
-        module is now are left out
+    :param ranges: ``(start, size_bytes)`` of guest-virtual addresses; those in which something
+        else is mapped now are left out
     :return: them, by address, and whether there may be more
     :raises MachineError: if there is no gcc
     """
-    free = [each for each in ranges if not _occupied(heap, each)]
+    used = ranges_in_use(heap, ranges)
+    free = [each for each in ranges if each not in used]
     references, truncated = find_references(heap, registers, free)
     records = _module_records(heap)
     found = [
@@ -61,16 +63,19 @@ def find_dangling(
         # of another module that was there before.
         and (each.what not in ("variable", "vmalloc") or heap.memory.is_writable(each.address))
     ]
-    used = [d for d in found if d.holder is not None or d.place.partition("+")[0] not in _NOTES]
-    return tuple(sorted(used, key=lambda d: d.address)), truncated
+    kept = [d for d in found if d.holder is not None or d.place.partition("+")[0] not in _NOTES]
+    return tuple(sorted(kept, key=lambda d: d.address)), truncated
 
 
-def _occupied(heap: Heap, wanted: tuple[int, int]) -> bool:
-    start, size = wanted
-    return any(
-        at < start + size and start < at + length
-        for module in heap.kernel.modules
-        for at, length, _ in module.regions
+def ranges_in_use(heap: Heap, ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Those of some ranges that something else is mapped in: a pointer may be to that."""
+    # Modules, and programs of BPF, are in areas of their own.
+    areas = heap.areas
+    ends = areas.start + areas.size
+    return tuple(
+        (start, size)
+        for start, size in ranges
+        if bool(np.any((areas.start < start + size) & (ends > start)))
     )
 
 

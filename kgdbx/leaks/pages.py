@@ -30,8 +30,8 @@ _POISON_1, _POISON_2 = np.uint64(0xDEAD000000000100), np.uint64(0xDEAD0000000001
 class PageKind(enum.IntEnum):
     """What a page frame is used for.
 
-    A page of the page cache, or of a process, holds no kernel pointers. What is neither that nor
-    anything else is memory from ``alloc_pages()``.
+    A page of the page cache, or of a process, holds no kernel pointers; one of ours counts as such.
+    What is neither that nor anything else is memory from ``alloc_pages()``.
     """
 
     NO_RAM = 0

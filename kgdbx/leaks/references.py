@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kgdbx.arch.registers import Registers
-from kgdbx.leaks.blocks import Block, Heap
+from kgdbx.leaks.blocks import NO_SCAN, Block, Heap
 from kgdbx.leaks.native import load_native, pointer
 from kgdbx.leaks.roots import NONE
 from kgdbx.leaks.slab import ALLOCATED
@@ -82,5 +82,7 @@ def _reference(heap: Heap, piece: Piece, word: int) -> Reference | None:
         if node is None or not heap.node_flags[node] & ALLOCATED:
             return None
         source = node
+    if source >= 0 and heap.node_flags[source] & NO_SCAN:
+        return None
     holder = heap.block(source) if source >= 0 else None
     return Reference(piece.what, address, int(piece.words[word]), holder)

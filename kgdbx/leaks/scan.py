@@ -47,16 +47,22 @@ class Scan:
 
 
 def scan_heap(
-    kernel: Kernel, ram: PhysicalMemory, registers: Sequence[Registers] | None = None
+    kernel: Kernel,
+    ram: PhysicalMemory,
+    registers: Sequence[Registers] | None = None,
+    own: Sequence[tuple[int, int]] = (),
 ) -> Scan:
     """Find the blocks that nothing points to, in memory as it is now.
 
     :param ram: the kernel's physical memory, at rest or live
     :param registers: of all vCPUs if the kernel stands: pointers may be in them alone
+    :param own: guest-virtual ``(start, size_bytes)`` of memory that is left out: that of the
+        resident tier
     :raises SymbolError: if debug information does not tell the layout of the heap
     :raises MachineError: if there is no gcc
     """
     heap = read_heap(kernel, ram)
+    heap.leave_out(own)
     reached = find_reached(heap, registers)
     lost = (heap.node_flags & ALLOCATED != 0) & (reached == 0)
     # What is in use of a slab with a damaged freelist is not known.

@@ -227,9 +227,10 @@ class LeakWatch:
             if any(not init for _, _, init in rest):
                 self._loaded[name] = rest  # the init is over, and its memory is freed
                 continue
+            # What is left of init code now is of an init that failed.
             if any(init for _, _, init in mine):
                 self._sessions[-1].failed_init.append(name)
-            self._gone[name] = tuple((start, size) for start, size, init in mine if not init)
+            self._gone[name] = tuple((start, size) for start, size, _ in mine)
             del self._loaded[name]
             if not self._loaded:
                 self._end()

@@ -133,6 +133,17 @@ class Engine:
         """Whether the guest has memory of ours."""
         return self._holding is not None
 
+    @property
+    def taken(self) -> tuple[tuple[int, int], ...]:
+        """The guest's memory that is ours: guest-virtual ``(start, size_bytes)`` in the direct map,
+        and of per-CPU memory as ``alloc_percpu()`` gave it, whose size is not known: 1.
+        """
+        if self._holding is None:
+            return ()
+        memory = self._holding.memory
+        blocks = ((block.address, block.size_bytes) for block in memory.blocks)
+        return (*blocks, *((address, 1) for address in memory.percpu))
+
     def allocate(self, size_bytes: int) -> int:
         """Zeroed memory of the guest's, physically contiguous, until the engine is closed.
 

@@ -1,5 +1,6 @@
 // Goes away and leaves pointers to itself: a notifier, a list entry, a timer, an allocated block.
 // Told in the log: `left: KIND ADDRESS`, the address of the word that holds the pointer.
+// With fail=1 it leaves them when its init fails.
 #include <linux/list.h>
 #include <linux/module.h>
 #include <linux/reboot.h>
@@ -13,6 +14,9 @@ struct left {
 	struct timer_list timer;
 	struct left *next;
 };
+
+static bool fail;
+module_param(fail, bool, 0444);
 
 static void called_back(struct left *left)
 {
@@ -44,7 +48,8 @@ static int __init left_behind_init(void)
 	/* Two hours: it will not run in a test. */
 	mod_timer(&left->timer, jiffies + 7200 * HZ);
 	error = register_reboot_notifier(&left->notifier);
-	if (!error)
+	/* It is in the chain after this module's first init, and there is no second place for it. */
+	if (!error && !fail)
 		error = register_reboot_notifier(&static_notifier);
 	if (error)
 		return error;
@@ -55,7 +60,7 @@ static int __init left_behind_init(void)
 	freed->callback = called_back;
 	pr_info("freed: object %px\n", &freed->callback);
 	kfree(freed);
-	return 0;
+	return fail ? -EBUSY : 0;
 }
 
 static void __exit left_behind_exit(void)

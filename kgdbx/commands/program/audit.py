@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
+from kgdbx.commands.program.leaks import remember_gone
 from kgdbx.commands.program.leaks_watch import WATCH_ARGUMENTS, begin_watch, to_audit
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.leaks import all_registers
 from kgdbx.errors import CommandError
-from kgdbx.leaks.dangling import find_dangling
+from kgdbx.leaks.dangling import find_dangling, ranges_in_use
 from kgdbx.leaks.describe import describe_block
 from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.layout import read_layout
@@ -76,6 +77,7 @@ def audit(out: TextIO, args: argparse.Namespace) -> int:
         before = None if args.no_scan else _before(session)
         status = _run(session, args, command)
         watch.stop()
+        remember_gone(session, args, watch)
         if not watch.sessions:
             raise CommandError(f"{', '.join(modules)}: not loaded while the command ran")
         report = _all_sessions(session, watch, command, status)
@@ -140,7 +142,7 @@ def _look_through(
 ) -> AuditReport:
     assert session.ram is not None
     registers = all_registers(session)
-    scan = scan_heap(session.kernel, session.ram, registers)
+    scan = scan_heap(session.kernel, session.ram, registers, session.resident.engine.taken)
     known = {address for finding in report.findings for address in finding.addresses}
     findings = list(report.findings)
     for block in scan.leaks:
@@ -172,6 +174,8 @@ def _look_through(
             for each in found
         )
         notes += [f"there are more pointers into {module}"] if truncated else []
+        if ranges_in_use(scan.heap, ranges):
+            notes.append(f"pointers into {module} cannot be told: something else is there now")
     return dataclasses.replace(
         report,
         findings=tuple(findings),

@@ -1,6 +1,7 @@
 """leaks scan, mark, dangling: memory that nothing points to, and pointers to what is gone."""
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,18 +20,22 @@ from kgdbx.commands.session.leaks import (
 )
 from kgdbx.errors import CommandError, Unsupported
 from kgdbx.leaks.blocks import Heap
-from kgdbx.leaks.dangling import find_dangling
+from kgdbx.leaks.dangling import find_dangling, ranges_in_use
+from kgdbx.leaks.gone import note_gone, read_gone
 from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.layout import read_layout
 from kgdbx.leaks.native import load_native
 from kgdbx.leaks.scan import Scan, confirm, scan_heap
 from kgdbx.leaks.snapshot import Snapshot, growth_since, read_snapshot, take_snapshot
+from kgdbx.leaks.watch import LeakWatch
 from kgdbx.machine.info import validate_name
 from kgdbx.machine.vm import find_vm
 from kgdbx.render import pick_style
 from kgdbx.session import Session
 from kgdbx.target.core import CoreTarget
 from kgdbx.trace.json_lines import json_line
+
+__all__ = ("remember_gone",)
 
 _PARTIAL = 4
 _MOST = 200
@@ -85,6 +90,8 @@ def scan(out: TextIO, args: argparse.Namespace) -> int:
                 print(growth_table(growth, style), file=out)
             size = sum(block.size_bytes for block in leaks)
             print(f"{len(leaks)} blocks of {size:,} bytes that nothing points to", file=out)
+            if leaks:
+                print(f"one more look: {_one_more_look(args, leaks[0].address)}", file=out)
     return 1 if leaks else _PARTIAL if found.errors else 0
 
 
@@ -114,7 +121,8 @@ def mark(out: TextIO, args: argparse.Namespace) -> int:
     name="leaks dangling",
     summary="Find pointers into a module that was unloaded.",
     description=f"""\
-Where the module was is known from a mark that was made while it was loaded, or from --range.
+Where the module was is known if it was watched when it went, by 'leaks watch' or 'audit', from a
+mark that was made while it was loaded, or from --range.
 Looks at all memory in use: variables, allocated objects, per-CPU memory, stacks. What was freed
 does not count.
 
@@ -124,7 +132,7 @@ does not count.
     arguments=(
         argument("module", nargs="?", help="a module that is gone; all that are, if left out"),
         *TARGET_ARGUMENTS,
-        argument("--mark", metavar="NAME", help="the mark (default: all of this VM)"),
+        argument("--mark", metavar="NAME", help="the mark (default: all that is known)"),
         argument("--range", action="append", default=[], metavar="START+SIZE", help="where it was"),
         _JSON,
     ),
@@ -135,6 +143,8 @@ def dangling(out: TextIO, args: argparse.Namespace) -> int:
         heap = _standing_heap(session)
         found, truncated = find_dangling(heap, all_registers(session), ranges)
         errors = [*heap.errors, *(["there are more pointers"] if truncated else [])]
+        for start, size in ranges_in_use(heap, ranges):
+            errors.append(f"{start:#x}+{size:#x}, where something else has come to be")
         _begin(out, errors, args)
         if args.json:
             for each in found:
@@ -153,6 +163,12 @@ def dangling(out: TextIO, args: argparse.Namespace) -> int:
     return 1 if found else _PARTIAL if errors else 0
 
 
+def remember_gone(session: Session, args: argparse.Namespace, watch: LeakWatch) -> None:
+    """Note where modules were that have gone under a watch, for 'leaks dangling'."""
+    if args.vm and watch.gone:
+        note_gone(_gone_path(args), session.kernel.vmlinux.build_id, watch.gone)
+
+
 def _open(args: argparse.Namespace) -> Session:
     if getattr(args, "core", None):
         if not args.vmlinux or args.vm or args.connect:
@@ -165,6 +181,12 @@ def _open(args: argparse.Namespace) -> Session:
             "this needs the memory of a VM of ours, without --kgdb, or a core file: --vm or --core"
         )
     return session
+
+
+# The command that opens a block as a drgn object.
+def _one_more_look(args: argparse.Namespace, address: int) -> str:
+    kernel = ["--vm", args.vm] if args.vm else ["--core", args.core, "--vmlinux", args.vmlinux]
+    return shlex.join(["kgdbx", "drgn", *kernel, "-e", f"leak({address:#x})"])
 
 
 # The guest stands no longer than it takes to read its memory.
@@ -235,10 +257,15 @@ def _read_mark(session: Session, args: argparse.Namespace) -> Snapshot | None:
     return read_snapshot(path, session.kernel.vmlinux.build_id)
 
 
+def _gone_path(args: argparse.Namespace) -> Path:
+    return find_vm(args.vm).info.directory / "gone.json"
+
+
 def _ranges_gone(session: Session, args: argparse.Namespace) -> list[tuple[int, int]]:
     marks = [_mark_path(session, args, args.mark)] if args.mark else _marks(args).glob("*.zip")
     build_id = session.kernel.vmlinux.build_id
     known = [m for path in marks for m in read_snapshot(path, build_id).modules]
+    known += () if args.mark else read_gone(_gone_path(args), build_id)
     wanted = args.module.replace("-", "_") if args.module else None
     loaded = {(m.name, m.regions[0][0]) for m in session.kernel.modules}
     ranges = {
@@ -250,7 +277,7 @@ def _ranges_gone(session: Session, args: argparse.Namespace) -> list[tuple[int, 
     if not ranges:
         what = f"where module {args.module!r} was" if args.module else "of a module that is gone"
         raise CommandError(
-            f"nothing is known {what}; make a mark while it is loaded, or give --range"
+            f"nothing is known {what}; watch it go, make a mark while it is loaded, or give --range"
         )
     return sorted(ranges)
 

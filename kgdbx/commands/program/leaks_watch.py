@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
+from kgdbx.commands.program.leaks import remember_gone
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session, run_session
 from kgdbx.commands.registry import argument
 from kgdbx.leaks.findings import WatchReport
@@ -94,6 +95,7 @@ def leaks_watch(out: TextIO, args: argparse.Namespace) -> int:
             session.idle_hooks.append(_Orders(watch, lambda: _tell_last(watch, tell)).obey)
         status = run_session(session, args)
         watch.stop()
+        remember_gone(session, args, watch)
         for number in range(1, watch.sessions + 1):
             tell(number)
         reports = [watch.report(number) for number in range(1, watch.sessions + 1)]

@@ -79,7 +79,8 @@ def leaks(context: Context, args: argparse.Namespace) -> None:
     session = context.session
     if session.ram is None:
         raise Unsupported("a leak scan needs the RAM of a VM of ours; attach by its name")
-    scan: Scan = scan_heap(session.kernel, session.ram, all_registers(session))
+    own = session.resident.engine.taken
+    scan: Scan = scan_heap(session.kernel, session.ram, all_registers(session), own)
     for error in scan.errors:
         context.write(f"not looked at: {error}")
     if scan.leaks:
