@@ -29,6 +29,8 @@ _NAMES = {
     "radix_tree_node": "xa_node",
     "skbuff_head_cache": "sk_buff",
 }
+# At its end are the registers of the FPU, as many as the CPU has: fpu__init_task_struct_size().
+_OF_ANY_SIZE = ("task_struct",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,9 @@ def _type_name(heap: Heap, block: Block) -> str:
             type_ = heap.kernel.program.type(f"struct {name}")
         except LookupError:
             continue
-        if type_.is_complete() and cache.object_bytes - 8 < (type_.size or 0) <= cache.object_bytes:
+        size = type_.size if type_.is_complete() else None
+        if size is None:
+            continue
+        if name in _OF_ANY_SIZE or cache.object_bytes - 8 < size <= cache.object_bytes:
             return f"struct {name}"
     return ""

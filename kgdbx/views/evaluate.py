@@ -12,6 +12,7 @@ import drgn
 
 from kgdbx.errors import CommandError
 from kgdbx.session import Session
+from kgdbx.views.leaks import leak_functions
 from kgdbx.views.python_names import python_names
 
 __all__ = ("Evaluator",)
@@ -24,30 +25,36 @@ class Evaluator:
     """A Python namespace on a kernel, which stays as long as its session.
 
     It has ``prog``, ``session``, ``kernel``, drgn's classes and its helpers for Linux, with the
-    program filled in: ``find_task(1).comm``. The last result is ``_``.
+    program filled in: ``find_task(1).comm``; and ``leak(ADDRESS)`` and ``leaks()``. The last
+    result is ``_``.
 
     :param variables: the debugger's ``$`` variables: ``$x`` in an expression is ``variables["x"]``
+    :param standing: the kernel does not run on as long as this is used
+    :ivar own_names: names that drgn's own prompt does not have
+    :ivar names: all of them
     """
 
-    def __init__(self, session: Session, variables: MutableMapping[str, Any]) -> None:
+    def __init__(
+        self, session: Session, variables: MutableMapping[str, Any], *, standing: bool = False
+    ) -> None:
         self.session = session
         program = session.kernel.program
         drgn.set_default_prog(program)  # helpers take it where they are not given one
-        self._names: dict[str, Any] = {
-            "prog": program,
+        self.own_names: dict[str, Any] = {
             "session": session,
             "kernel": session.kernel,
-            "drgn": drgn,
-            "_variables": variables,
+            **leak_functions(session, standing=standing),
         }
+        self.names: dict[str, Any] = {"prog": program, "drgn": drgn, "_variables": variables}
         for module in ("drgn", "drgn.helpers.common", "drgn.helpers.linux"):
             found = importlib.import_module(module)
             public = getattr(found, "__all__", None) or [n for n in dir(found) if n[0] != "_"]
-            self._names |= {name: getattr(found, name) for name in public}
+            self.names |= {name: getattr(found, name) for name in public}
+        self.names |= self.own_names
 
     def candidates(self, source: str) -> list[list[str]]:
         """Names that may stand next, see :func:`~kgdbx.views.python_names.python_names`."""
-        return python_names(source, self._names)[:_MOST_NAMES]
+        return python_names(source, self.names)[:_MOST_NAMES]
 
     def run(self, source: str) -> str:
         """Run statements; the value of the last one, if it is an expression, is printed.
@@ -61,11 +68,11 @@ class Evaluator:
             last = tree.body[-1] if tree.body else None
             body = tree.body[:-1] if isinstance(last, ast.Expr) else tree.body
             with contextlib.redirect_stdout(out):
-                exec(compile(ast.Module(body, []), _NAME, "exec"), self._names)
+                exec(compile(ast.Module(body, []), _NAME, "exec"), self.names)
                 if isinstance(last, ast.Expr):
-                    value = eval(compile(ast.Expression(last.value), _NAME, "eval"), self._names)
+                    value = eval(compile(ast.Expression(last.value), _NAME, "eval"), self.names)
                     if value is not None:
-                        self._names["_"] = value
+                        self.names["_"] = value
                         print(_pretty(value))
         except KeyboardInterrupt:
             raise CommandError(f"{out.getvalue()}interrupted") from None
