@@ -12,7 +12,7 @@ from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session, open_ram
 
-MODULES = ("planted_leaks", "hidden_references", "left_behind")
+MODULES = ("planted_leaks", "hidden_references", "left_behind", "lost_fragments")
 
 
 @dataclasses.dataclass

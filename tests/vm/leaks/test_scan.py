@@ -46,3 +46,19 @@ def test_all_that_was_lost_and_nothing_else(planted_in: Callable[[str], Any], ke
     earlier = {each.cache: each.objects for each in cache_usage(before.heap)}
     assert "planted_own" not in earlier
     assert usage["planted_own"] == 1
+
+
+def test_fragments_are_one_block_with_those_they_share_it_with(
+    planted_in: Callable[[str], Any],
+) -> None:
+    guest = planted_in("6.12")
+    guest.load("lost_fragments")
+    scan = guest.scan()
+    lost, kept = guest.told("lost"), guest.told("kept")
+    assert sorted(lost.values()) == ["block", "packet"]
+    assert sorted(kept.values()) == ["block_of_cpu", "shared_block"]
+    found = {block.address: block for block in scan.leaks}
+    assert set(lost) <= set(found)
+    assert not set(kept) & set(found)
+    (block,) = [found[address] for address, kind in lost.items() if kind == "block"]
+    assert (block.cache, block.size_bytes) == ("pages", 8 * 4096)
