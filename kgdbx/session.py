@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from kgdbx.endings import GuestCommand, stop_at_end, stop_on_signals
 from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost, TargetTimeout
+from kgdbx.leaks.watch import LeakWatch
 from kgdbx.machine.headers import kernel_header
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.sysrq import sysrq_g
@@ -86,6 +87,7 @@ class Session:
         before the guest runs on
     :ivar recovery: what was put right that a killed session had left in the guest; None if
         there was nothing
+    :ivar leak_watch: what a face has modules watched by, if it does
     :ivar idle_hooks: called again and again during :meth:`run` while the guest runs, and once
         more after it
     """
@@ -102,6 +104,7 @@ class Session:
         self.ram: GuestRam | CoreRam | None = ram
         self.kernel = kernel
         self.recovery: Recovery | None = None
+        self.leak_watch: LeakWatch | None = None
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
         self._events = EventQueue(self.event_listeners)

@@ -23,8 +23,8 @@ class Argument:
 
     :ivar names: one name for a positional argument, option strings otherwise
     :ivar options: keywords of ``ArgumentParser.add_argument()``
-    :ivar completes: what it is completed with: command, file, function, module, probe, session,
-        variable or vm
+    :ivar completes: what it is completed with: command, file, function, module, any module (that
+        is not loaded, too), probe, session, variable or vm
     :ivar rest: takes the rest of the line as it stands, quotes included
     """
 

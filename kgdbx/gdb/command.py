@@ -22,14 +22,30 @@ class Prefix(gdb.Command):
 
 
 class GdbCommand(gdb.Command):
-    """One subcommand of ``kgdbx``."""
+    """One subcommand of ``kgdbx``.
 
-    def __init__(self, name: str, command: Command, context: Context, debug: gdb.Parameter) -> None:
+    :param is_group: other commands begin with its name
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Command,
+        context: Context,
+        debug: gdb.Parameter,
+        *,
+        is_group: bool = False,
+    ) -> None:
         usage = command.parser("kgdbx ").format_usage().partition("usage: ")[2].strip()
         self.__doc__ = "\n\n".join(
             part for part in (command.summary, f"Usage: {usage}", command.description) if part
         )
-        super().__init__(f"kgdbx {name}", gdb.COMMAND_BREAKPOINTS)
+        if is_group:  # gdb completes its words, and passes on what is none of them
+            super().__init__(
+                f"kgdbx {name}", gdb.COMMAND_BREAKPOINTS, gdb.COMPLETE_NONE, prefix=True
+            )
+        else:
+            super().__init__(f"kgdbx {name}", gdb.COMMAND_BREAKPOINTS)
         self._command = command
         self._context = context
         self._debug = debug

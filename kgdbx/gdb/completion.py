@@ -56,6 +56,8 @@ def _kernel_names(session: Session, what: str, given: list[str], piece: str) -> 
         return [probe.name for probe in session.probes]
     if what == "module":
         return [module.name for module in session.kernel.modules]
+    if what == "any module":
+        return session.kernel.modules.known_names()
     if what == "variable":
         return session.kernel.vmlinux.names()
     if what != "function":

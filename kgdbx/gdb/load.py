@@ -40,9 +40,11 @@ def load() -> None:
     Answers(context, channel)
     Prefix()
     debug = DebugParameter()
-    for command in SESSION_COMMANDS.discover(session_commands):
+    commands = tuple(SESSION_COMMANDS.discover(session_commands))
+    groups = {command.name.partition(" ")[0] for command in commands if " " in command.name}
+    for command in commands:  # by name: a group before what is in it
         for name in (command.name, *command.aliases):
-            GdbCommand(name, command, context, debug)
+            GdbCommand(name, command, context, debug, is_group=name in groups)
     with contextlib.suppress(gdb.error):  # taken: the long name is always there
         gdb.execute("alias -- kx = kgdbx", to_string=True)
     gdb.events.gdb_exiting.connect(lambda event: leave(context))

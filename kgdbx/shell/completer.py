@@ -17,7 +17,12 @@ from kgdbx.shell.commands import SHELL_COMMANDS
 from kgdbx.shell.knowledge import Knowledge
 from kgdbx.shell.records import quote
 from kgdbx.shell.shell import Shell
-from kgdbx.shell.words import find_session_command, kgdbx_command, short_names
+from kgdbx.shell.words import (
+    find_session_command,
+    kgdbx_command,
+    session_arguments,
+    short_names,
+)
 
 __all__ = ("ShellCompleter",)
 
@@ -85,7 +90,9 @@ class ShellCompleter(Completer):
                 yield each
             return
         command = find_session_command(line)
-        arguments = known.split(" ", 2)[-1] if command is not None else line.partition(" ")[2]
+        arguments = session_arguments(line) if command is not None else line.partition(" ")[2]
+        for each in _in_group(command, arguments):
+            yield each
         if command is None:
             with contextlib.suppress(KgdbxError):
                 command = SHELL_COMMANDS.find(words[0])
@@ -151,6 +158,10 @@ class ShellCompleter(Completer):
                 name = str(probe["name"]).removeprefix("kprobes/")
                 if piece in name:
                     yield Completion(name, -len(piece), display_meta=str(probe["what"]))
+        elif what == "any module":
+            for name in self._knowledge.module_names():
+                if name.startswith(piece):
+                    yield Completion(name, -len(piece))
         elif what == "vm":
             for vm in list_vms():
                 if vm.name.startswith(piece):
@@ -245,6 +256,14 @@ def _commands(commands: "dict[str, Command] | dict[str, None]", piece: str) -> I
         if name.startswith(piece):
             meta = command.summary if command is not None else "kgdbx's commands in gdb"
             yield Completion(name, -len(piece), display_meta=meta)
+
+
+def _in_group(command: Command | None, piece: str) -> Iterator[Completion]:
+    # The words that make another command of "leaks".
+    for name, each in _session_names().items():
+        group, _, word = name.partition(" ")
+        if command is not None and word and group == command.name and word.startswith(piece):
+            yield Completion(word, -len(piece), display_meta=each.summary)
 
 
 def _options(command: Command, piece: str) -> Iterator[Completion]:

@@ -83,9 +83,17 @@ class Knowledge:
         session = self._shell.current
         if session is None:
             return []
-        key = (session.name, "module_functions", json.dumps({"module": module}))
+        return self._told(session, "module_functions", module=module)
+
+    def module_names(self) -> list[str]:
+        """Modules that are loaded or known; empty until gdb has told."""
+        session = self._shell.current
+        return self._told(session, "module_names") if session is not None else []
+
+    def _told(self, session: KernelSession, name: str, **arguments: Any) -> list[str]:
+        key = (session.name, name, json.dumps(arguments))
         if key not in self._answers:
-            self._start(self._fetch(session, "module_functions", module=module))
+            self._start(self._fetch(session, name, **arguments))
         return list(self._answers.get(key, ()))
 
     def signature(self, function: str) -> str:

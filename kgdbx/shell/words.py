@@ -1,15 +1,23 @@
 """What the first words of a line mean: gdb's commands, kgdbx's in it, and the shell's own."""
 
+import re
+
 from kgdbx.commands import session as session_commands
 from kgdbx.commands.registry import Command
 from kgdbx.commands.session import SESSION_COMMANDS
 
-__all__ = ("changes_kernel", "find_session_command", "kgdbx_command", "short_names")
+__all__ = (
+    "changes_kernel",
+    "find_session_command",
+    "kgdbx_command",
+    "session_arguments",
+    "short_names",
+)
 
 # gdb has commands of these names, which stay gdb's.
 _GDBS = frozenset(("attach", "delete", "detach", "disable", "enable", "info", "list", "watch"))
 # These read only, and do so while the kernel runs.
-_READERS = frozenset(("doctor", "info", "list"))
+_READERS = frozenset(("doctor", "info", "leaks report", "list"))
 
 SESSION_COMMANDS.discover(session_commands)
 
@@ -26,10 +34,23 @@ def short_names() -> dict[str, Command]:
 
 def find_session_command(line: str) -> Command | None:
     """The command of kgdbx in gdb that a line begins with."""
-    words = kgdbx_command(line).split(None, 2)
-    if len(words) < 2 or words[0] != "kgdbx":
-        return None
-    return next((c for c in SESSION_COMMANDS if words[1] in (c.name, *c.aliases)), None)
+    command, _ = _split(line)
+    return command
+
+
+def session_arguments(line: str) -> str:
+    """What stands behind the command of kgdbx in gdb that a line begins with."""
+    return _split(line)[1]
+
+
+def _split(line: str) -> tuple[Command | None, str]:
+    words = re.split(r"\s+", kgdbx_command(line), maxsplit=3)
+    known = {name: c for c in SESSION_COMMANDS for name in (c.name, *c.aliases)}
+    for count in (2, 1):  # "leaks watch" is a command, and so is "leaks"
+        name = " ".join(words[1 : 1 + count])
+        if words[0] == "kgdbx" and len(words) > count and name in known:
+            return known[name], " ".join(words[1 + count :])
+    return None, ""
 
 
 def kgdbx_command(line: str) -> str:

@@ -12,7 +12,7 @@ from kgdbx.errors import SymbolError
 from kgdbx.symbols.elf import ELF64_SYM, ElfSymbols, Symbol
 from kgdbx.symbols.memory import KernelMemory
 
-__all__ = ("LoadedModule", "Modules", "module_file_names", "section_addresses")
+__all__ = ("LoadedModule", "Modules", "section_addresses")
 
 _MAX_SYMBOLS = 1 << 20
 _MAX_STRINGS = 1 << 24
@@ -120,9 +120,16 @@ class Modules:
 
     def debug_file(self, name: str) -> Path | None:
         """The debug file of a module, by name."""
-        own = self._own_files.get(name.replace("-", "_"))
-        if own is not None:
-            return own
+        name = name.replace("-", "_")
+        return self._own_files.get(name) or self._debug_files.get(name)
+
+    def known_names(self) -> tuple[str, ...]:
+        """Names of what is loaded, and of what has a debug file, for completion."""
+        loaded = {module.name for module in self}
+        return tuple(sorted(loaded | self._own_files.keys() | self._debug_files.keys()))
+
+    @property
+    def _debug_files(self) -> dict[str, Path]:
         if self._files is None:
             files = self._debug_directory.rglob("*.ko*") if self._debug_directory else ()
             self._files = {
@@ -130,7 +137,7 @@ class Modules:
                 for path in files
                 if path.name.endswith((".ko", ".ko.debug"))
             }
-        return self._files.get(name.replace("-", "_"))
+        return self._files
 
     def load_debug_info(self, module: LoadedModule) -> bool:
         """Give drgn the types and lines of a module.
@@ -205,11 +212,6 @@ def section_addresses(elf: ElfSymbols, running: tuple[Symbol, ...]) -> dict[str,
                     symbol=symbol.name,
                 )
     return addresses
-
-
-def module_file_names(directory: Path) -> tuple[str, ...]:
-    """Names of all modules whose files lie below a directory, for completion."""
-    return tuple(sorted({_module_name(path) for path in directory.rglob("*.ko*")}))
 
 
 def _module_name(path: Path) -> str:

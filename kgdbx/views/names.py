@@ -7,7 +7,14 @@ from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.session import Session
 from kgdbx.symbols.kernel import Function
 
-__all__ = ("members", "members_of_type", "module_functions", "parameters", "signatures")
+__all__ = (
+    "members",
+    "members_of_type",
+    "module_functions",
+    "module_names",
+    "parameters",
+    "signatures",
+)
 
 
 def parameters(session: Session, place: str) -> list[list[str]]:
@@ -57,6 +64,11 @@ def signatures(session: Session, functions: list[str]) -> dict[str, str]:
 def module_functions(session: Session, module: str) -> list[str]:
     """Names of the functions of a loaded module."""
     return list(session.function_names(module))
+
+
+def module_names(session: Session) -> list[str]:
+    """Names of the modules that are loaded, or have debug files."""
+    return list(session.kernel.modules.known_names())
 
 
 def _function(session: Session, place: str) -> Function | None:

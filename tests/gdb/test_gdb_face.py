@@ -248,12 +248,16 @@ def test_completion(vm: Vm) -> None:
         "complete kgdbx kprobe vfs_read co",
         "complete kgdbx kr",
         "complete kgdbx kprobe --st",
+        "complete kgdbx leaks w",
+        "complete kgdbx leaks watch overla",
         f"complete kgdbx attach {vm.name[:-2]}",
     )
     assert "kgdbx kprobe vfs_read\n" in out
     assert "kgdbx kprobe vfs_read count\n" in out
     assert "kgdbx kretprobe\n" in out
     assert "kgdbx kprobe --stop\n" in out
+    assert "kgdbx leaks watch\n" in out
+    assert "kgdbx leaks watch overlay\n" in out
     assert f"kgdbx attach {vm.name}\n" in out
 
 

@@ -10,10 +10,11 @@ from typing import Any, TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.leaks import remember_gone
-from kgdbx.commands.program.leaks_watch import WATCH_ARGUMENTS, begin_watch, to_audit
+from kgdbx.commands.program.leaks_watch import say, to_audit
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.leaks import all_registers
+from kgdbx.commands.session.leaks_watch import WATCH_ARGUMENTS, begin_watch
 from kgdbx.errors import CommandError
 from kgdbx.leaks.dangling import find_dangling, ranges_in_use
 from kgdbx.leaks.describe import describe_block
@@ -73,7 +74,7 @@ def audit(out: TextIO, args: argparse.Namespace) -> int:
     modules = [name for text in args.modules for name in text.split(",") if name]
     args.exec = command
     with open_session(args) as session:
-        watch = begin_watch(session, args, modules)
+        watch = begin_watch(session, args, modules, say)
         before = None if args.no_scan else _before(session)
         status = _run(session, args, command)
         watch.stop()

@@ -6,45 +6,29 @@ import select
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.leaks import remember_gone
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session, run_session
 from kgdbx.commands.registry import argument
+from kgdbx.commands.session.leaks_watch import (
+    MODULES,
+    WATCH_ARGUMENTS,
+    begin_watch,
+    ended_sessions,
+)
 from kgdbx.leaks.findings import WatchReport
 from kgdbx.leaks.report.finding import AuditReport, from_watch
 from kgdbx.leaks.report.summary import audit_json
 from kgdbx.leaks.report.text import watch_text
-from kgdbx.leaks.watch import LeakWatch, place_watch
+from kgdbx.leaks.watch import LeakWatch
 from kgdbx.session import Session
 from kgdbx.trace.json_lines import json_line
 
 _LINE_BYTES = 4096
 
-__all__ = ("WATCH_ARGUMENTS", "begin_watch", "to_audit")
-
-WATCH_ARGUMENTS = (
-    argument(
-        "--allocators",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="more functions that allocate and free, in the form of allocators.toml",
-        completes="file",
-    ),
-    argument(
-        "--ko",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a module's file with debug information, if it is not the kernel's own",
-        completes="file",
-    ),
-    argument("-v", "--verbose", action="store_true", help="say what this kernel does not have"),
-)
-"""Options of everything that watches."""
+__all__ = ("say", "to_audit")
 
 
 @PROGRAM_COMMANDS.command(
@@ -63,7 +47,7 @@ Ends with ^C, the duration, or the command. The exit status is 1 if there is any
 """,
     arguments=(
         *TARGET_ARGUMENTS,
-        argument("modules", nargs="+", metavar="MODULE", help="name of a module"),
+        MODULES,
         argument("-d", "--duration", type=float, metavar="S", help="end after S seconds"),
         argument("-e", "--exec", metavar="COMMAND", help="run in the guest; end when it ends"),
         *WATCH_ARGUMENTS,
@@ -79,7 +63,7 @@ Ends with ^C, the duration, or the command. The exit status is 1 if there is any
 def leaks_watch(out: TextIO, args: argparse.Namespace) -> int:
     args.count = None
     with open_session(args) as session:
-        watch = begin_watch(session, args, args.modules)
+        watch = begin_watch(session, args, args.modules, say)
         told: dict[int, WatchReport] = {}
 
         def tell(number: int, again: bool = False) -> None:
@@ -88,7 +72,7 @@ def leaks_watch(out: TextIO, args: argparse.Namespace) -> int:
                 told[number] = report
                 _write(out, session, watch, number, args)
 
-        session.idle_hooks.append(_ended_sessions(watch, tell))
+        session.idle_hooks.append(ended_sessions(watch, tell))
         if args.every:
             session.idle_hooks.append(_every(args.every, lambda: _tell_last(watch, tell)))
         if args.stdin:
@@ -100,30 +84,13 @@ def leaks_watch(out: TextIO, args: argparse.Namespace) -> int:
             tell(number)
         reports = [watch.report(number) for number in range(1, watch.sessions + 1)]
     if not reports:
-        print(f"kgdbx: {', '.join(args.modules)}: not loaded meanwhile", file=sys.stderr)
+        say(f"{', '.join(args.modules)}: not loaded meanwhile")
     return 1 if status or any(not report.clean for report in reports) else 0
 
 
-def begin_watch(session: Session, args: argparse.Namespace, modules: list[str]) -> LeakWatch:
-    """Place the watch that the options ask for, and say what is not watched."""
-    for file in args.ko:
-        session.kernel.modules.add_debug_file(Path(file))
-    watch = place_watch(
-        session.kernel,
-        session.resident,
-        session.probes,
-        modules,
-        allocators=[Path(file) for file in args.allocators],
-    )
-    for group in watch.watched.missing_groups:
-        print(f"kgdbx: this kernel has nothing of {group!r}", file=sys.stderr)
-    for name, reason in watch.refused.items():
-        print(f"kgdbx: {name} is not watched: {reason}", file=sys.stderr)
-    if args.verbose:
-        names = ", ".join(watch.watched.absent)
-        print(f"kgdbx: {len(watch.watched.functions)} functions are watched", file=sys.stderr)
-        print(f"kgdbx: not in this kernel: {names}", file=sys.stderr)
-    return watch
+def say(text: str) -> None:
+    """Tell something that is not the report."""
+    print(f"kgdbx: {text}", file=sys.stderr)
 
 
 def to_audit(
@@ -161,19 +128,7 @@ def _tell_last(watch: LeakWatch, tell: Callable[[int, bool], None]) -> None:
     if watch.sessions:
         tell(watch.sessions, True)
     else:
-        print("kgdbx: no module was loaded yet", file=sys.stderr)
-
-
-def _ended_sessions(watch: LeakWatch, tell: Callable[[int], None]) -> Callable[[], None]:
-    # They end at a stop, where nothing may take long.
-    ended: list[int] = []
-    watch.report_listeners.append(ended.append)
-
-    def hook() -> None:
-        while ended:
-            tell(ended.pop(0))
-
-    return hook
+        say("no module was loaded yet")
 
 
 def _every(interval_s: float, tell: Callable[[], None]) -> Callable[[], None]:
@@ -211,4 +166,4 @@ class _Orders:
         elif order == "clear":
             self._watch.clear()
         elif order:
-            print(f"kgdbx: {order!r} is neither flush nor clear", file=sys.stderr)
+            say(f"{order!r} is neither flush nor clear")
