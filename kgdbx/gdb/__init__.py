@@ -5,6 +5,7 @@ Import this package before anything else of kgdbx in gdb.
 
 import os
 import sys
+import types
 
 
 def _load_drgn_apart() -> None:
@@ -18,4 +19,18 @@ def _load_drgn_apart() -> None:
         sys.setdlopenflags(flags)
 
 
+def _load_helpers_without_readline() -> None:
+    # drgn's helpers import what drgn has for its own prompt, and with it Python's readline, which
+    # takes TAB away from gdb's prompt. They need no more of it than its name.
+    before = sys.modules.get("readline")
+    sys.modules["readline"] = types.ModuleType("readline")
+    try:
+        import drgn.helpers.linux  # noqa: F401
+    finally:
+        del sys.modules["readline"]
+        if before is not None:
+            sys.modules["readline"] = before
+
+
 _load_drgn_apart()
+_load_helpers_without_readline()

@@ -1,9 +1,12 @@
 """kgdbx in a real gdb, as its users run it: gdb -x gdb_scripts/kgdbx.py vmlinux."""
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -259,6 +262,26 @@ def test_completion(vm: Vm) -> None:
     assert "kgdbx leaks watch\n" in out
     assert "kgdbx leaks watch overlay\n" in out
     assert f"kgdbx attach {vm.name}\n" in out
+
+
+def test_tab_completes_at_gdbs_prompt() -> None:
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["TERM"] = "xterm"
+        argv = gdb_argv(load=True)
+        os.execvp(argv[0], argv)
+    shown = ""
+    try:
+        for typed, wanted in (("", "(gdb) "), ("kgdbx kret\t", "kgdbx kretprobe ")):
+            os.write(terminal, typed.encode())
+            end = time.monotonic() + 60
+            while wanted not in shown:
+                ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+                assert ready, shown
+                shown += os.read(terminal, 4096).decode()
+    finally:
+        os.close(terminal)
+        os.waitpid(pid, 0)
 
 
 def test_help() -> None:
