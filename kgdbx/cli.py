@@ -89,7 +89,3 @@ def _parser() -> argparse.ArgumentParser:
         add_arguments(subparser, command)
         subparser.set_defaults(run=command.run)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
