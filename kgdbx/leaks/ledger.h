@@ -75,12 +75,12 @@ struct seen {
 };
 
 /* The low bits of a stack's number, which is a hash of its frames, say what is known of it. */
-#define KNOWN 1UL
+#define TOLD 1UL
 #define OWNED 2UL
 #define DIRECT 4UL
 #define MODULE_SHIFT 8
 #define INFO 0xffffUL
-#define NOT_LOOKED_AT 1UL /* no stack's: KNOWN alone is never told */
+#define NOT_LOOKED_AT TOLD /* no stack's: one of nobody is 0 */
 
 #define CONTROL_BLOCK ((struct control *)CONTROL)
 #define BUSY 1UL
@@ -307,7 +307,8 @@ static __always_inline bool find_seen(const struct probe *p, u64 key, const u64 
 			*stack = 0;
 		else if (recent = recent_place(p, sp), unlikely(hooked || recent))
 			*stack = CALLED(is_part(seen, sp, recent)) ? 0 : *stack;
-		return true;
+		/* As a part of another call it was not told of. */
+		return likely(!*stack || *stack & TOLD);
 	}
 	return false;
 }
@@ -340,7 +341,7 @@ static __slow bool remember(u64 key, u64 stack, const u64 *frames, const u16 *pl
 	u32 n;
 
 	for (n = 0; n < SEEN_WAYS; n++) {
-		if (!set[n].key) {
+		if (!set[n].key || (set[n].key == key && !((set[n].stack ^ stack) & ~INFO))) {
 			seen = set + n;
 			break;
 		}
@@ -420,7 +421,7 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key)
 
 	for (n = 0; n < count; n++)
 		stack = mix(stack, frames[n]);
-	stack = (stack & ~INFO) | KNOWN;
+	stack &= ~INFO;
 	for (n = 1; n < count; n++) {
 		const struct watch_range *range = find_range(frames[n]);
 
@@ -432,14 +433,15 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key)
 	placed = CALLED(find_places(sp, frames, count, places));
 	for (n = 0; n < placed; n++)
 		part |= is_nested(sp + places[n], recent);
-	/* A part is not told of, and may be met when it is none. */
-	if (part)
-		return 0;
-	if (stack & OWNED && !CALLED(say(p, STACK, stack, 0, 0, frames, count)))
-		return stack;
+	/* A part is not told of: it is when it is met as none. */
+	if (stack & OWNED && !part) {
+		stack |= TOLD;
+		if (!CALLED(say(p, STACK, stack, 0, 0, frames, count)))
+			return stack;
+	}
 	if (placed + 2 >= count)
 		CALLED(remember(key, stack, frames, places, placed));
-	return stack & OWNED ? stack : 0;
+	return stack & TOLD ? stack : 0;
 }
 
 /* The number of a stack of a watched module, 0 if it is not of one, or part of another call. */
