@@ -15,9 +15,11 @@ from kgdbx.machine.kernels import StockKernel
 from kgdbx.machine.packages import download, extract, find_versions
 from kgdbx.machine.progress import Progress, terminal_progress
 
-__all__ = ("build_initramfs", "compile_static", "pack_cpio")
+__all__ = ("GUEST_FILES", "build_initramfs", "compile_static", "pack_cpio")
 
-_GUEST = Path(__file__).resolve().parents[2] / "vm"
+GUEST_FILES = Path(__file__).resolve().parents[2] / "vm"
+"""Where the sources of what runs in guests are."""
+
 _CFLAGS = ("-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror")
 _COMPILE_S = 120.0
 
@@ -38,7 +40,7 @@ def build_initramfs(
     tree: dict[str, bytes | str] = dict(_busybox(progress))
     tree["init"] = _guest_file("init").read_bytes()
     tree["sbin/agent"] = compile_static(_guest_file("agent.c")).read_bytes()
-    for source in sorted((_GUEST / "workload").glob("*.c")):
+    for source in sorted((GUEST_FILES / "workload").glob("*.c")):
         tree[f"bin/{source.stem}"] = compile_static(source).read_bytes()
     tree["etc/hostname"] = b"kgdbx\n"
     tree.update(modules_tree(kernel, modules))
@@ -128,7 +130,7 @@ def _busybox(progress: Progress) -> dict[str, bytes | str]:
 
 
 def _guest_file(name: str) -> Path:
-    path = _GUEST / name
+    path = GUEST_FILES / name
     if not path.exists():
         raise MachineError(f"no {path}; install kgdbx from its source tree: pip install -e .")
     return path

@@ -6,12 +6,26 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kgdbx.bench import bpftrace, kgdb, leaks, leaks_watch, resident_tier, shell, stop_tier, stress
+from kgdbx.bench import (
+    bpftrace,
+    kgdb,
+    leaks,
+    leaks_watch,
+    mixed,
+    resident_tier,
+    shell,
+    stop_tier,
+    stress,
+)
 from kgdbx.bench.figure import Figure
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.trace.json_lines import json_line
 
+_TIMED: dict[str, Callable[[float], Iterator[Figure]]] = {
+    "mixed": mixed.measure,
+    "stress": stress.measure,
+}
 _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
     "bpftrace": (bpftrace.measure,),
     "leaks": (leaks.measure, leaks_watch.measure_watch),
@@ -31,22 +45,20 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
         argument(
             "names",
             nargs="+",
-            choices=(*_BENCHES, "stress"),
+            choices=(*_BENCHES, *_TIMED),
             metavar="NAME",
             help="probes (both tiers), stop or resident; bpftrace (of resident); leaks; kgdb; "
-            "shell: its prompt while events stream; stress: exact under load",
+            "shell: its prompt while events stream; stress: exact under load; "
+            "mixed: a scan after mixed work",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
-        argument("--minutes", type=float, default=2, help="of stress (default 2)"),
+        argument("--minutes", type=float, default=2, help="of stress and mixed (default 2)"),
         argument("--json", action="store_true", help="one JSON object a line"),
     ),
 )
 def bench(out: TextIO, args: argparse.Namespace) -> None:
     for name in args.names:
-        runs = (run(args.rounds) for run in _BENCHES.get(name, ()))
-        if name == "stress":
-            runs = (stress.measure(args.minutes) for _ in range(1))
-        for each in itertools.chain.from_iterable(runs):
+        for each in itertools.chain.from_iterable(_runs(name, args)):
             if args.json:
                 print(json_line(dataclasses.asdict(each)), file=out, flush=True)
             else:
@@ -56,3 +68,9 @@ def bench(out: TextIO, args: argparse.Namespace) -> None:
                     file=out,
                     flush=True,
                 )
+
+
+def _runs(name: str, args: argparse.Namespace) -> list[Iterator[Figure]]:
+    if name in _TIMED:
+        return [_TIMED[name](args.minutes)]
+    return [run(args.rounds) for run in _BENCHES[name]]
