@@ -47,6 +47,10 @@ def connect(where: str, vmlinux: str | None, *, keys: bool = True) -> Session:
     journal = info.journal if info is not None else None
     session = Session.attach(target, path, debug_modules=modules, ram=ram, journal=journal)
     target.on_stop = session.probes.on_stop
+    if ram is None:  # and here the kernel runs until the user stops it
+        session.resident.unread = (
+            "a stub gives no memory while the kernel runs; attach to a VM of ours by its name"
+        )
     try:
         session.recovery = session.resident.recover()
         _relocate(path, session.kernel.slide)

@@ -30,6 +30,7 @@ class ResidentTier:
     :param ram: the guest's RAM seen from the host, if it can be
     :param journal: where to note what has to be put back; None keeps no journal
     :param handling: the vCPU whose handlers run
+    :ivar unread: why nobody reads events while the guest runs; empty if they are read
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ResidentTier:
         journal: Path | None,
         handling: Callable[[], int | None] = lambda: None,
     ) -> None:
+        self.unread = ""
         self._kernel = kernel
         self._journal = journal
         self._dispatch = dispatch
@@ -68,6 +70,8 @@ class ResidentTier:
         :raises NotResident: if this kernel cannot have any now
         """
         self.check()
+        if self.unread and definition.aggregation is None:
+            raise NotResident(self.unread)
         return ResidentProbe(
             definition,
             self.engine,
