@@ -1,8 +1,6 @@
 """What may be typed next."""
 
-import asyncio
 import contextlib
-import functools
 import re
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
@@ -49,7 +47,6 @@ _NAMES_FUNCTIONS = frozenset(
 )
 _VARIABLES = ("$comm", "$pid", "$tgid", "$cpu", "$task", "$params", "$vars", "$stack", "$stack0")
 _MOST = 200
-_ASK_S = 0.3
 
 
 class ShellCompleter(Completer):
@@ -139,15 +136,22 @@ class ShellCompleter(Completer):
             return
         if what in ("function", "variable"):
             await self._knowledge.loaded()
+        if what == "function":
+            async for each in self._functions(piece):
+                yield each
+            return
+        if what == "any module":
+            for name in await self._ask("module_names"):
+                if str(name).startswith(piece):
+                    yield Completion(str(name), -len(piece), display_meta="module")
+            return
         for each in self._names(what, piece, document, event):
             yield each
 
     def _names(
         self, what: str, piece: str, document: Document, event: CompleteEvent
     ) -> Iterator[Completion]:
-        if what == "function":
-            yield from self._functions(piece)
-        elif what == "module":
+        if what == "module":
             yield from self._modules(piece, "")
         elif what == "command":
             yield from self._first_words(piece)
@@ -158,10 +162,6 @@ class ShellCompleter(Completer):
                 name = str(probe["name"]).removeprefix("kprobes/")
                 if piece in name:
                     yield Completion(name, -len(piece), display_meta=str(probe["what"]))
-        elif what == "any module":
-            for name in self._knowledge.module_names():
-                if name.startswith(piece):
-                    yield Completion(name, -len(piece))
         elif what == "vm":
             for vm in list_vms():
                 if vm.name.startswith(piece):
@@ -174,13 +174,14 @@ class ShellCompleter(Completer):
             rest = Document(piece, len(piece))
             yield from self._files.get_completions(rest, event)
 
-    def _functions(self, piece: str) -> Iterator[Completion]:
+    async def _functions(self, piece: str) -> AsyncGenerator[Completion, None]:
         module, colon, name = piece.rpartition(":")
         if colon:
-            names = self._knowledge.module_functions(module)
+            names = [str(each) for each in await self._ask("module_functions", module=module)]
             found = [each for each in names if name in each][:_MOST]
         else:
-            yield from self._modules(name, ":")
+            for module_name in self._modules(name, ":"):
+                yield module_name
             found = self._knowledge.functions(name, _MOST)
         for each in found:
             yield Completion(each, -len(name), display_meta=self._signature(each))
@@ -220,10 +221,8 @@ class ShellCompleter(Completer):
         session = self._shell.current
         if session is None:
             return []
-        ask = functools.partial(self._knowledge.ask, session) if keep else session.ask
         try:
-            async with asyncio.timeout(_ASK_S):
-                return list(await ask(name, **arguments))
+            return list(await self._knowledge.ask(session, name, keep=keep, **arguments))
         except (KgdbxError, TimeoutError):
             return []
 
@@ -233,7 +232,7 @@ class ShellCompleter(Completer):
         piece = words[-1].lstrip("*&(")
         if words[0] in _NAMES_FUNCTIONS:
             await self._knowledge.loaded()
-            for each in self._functions(piece):
+            async for each in self._functions(piece):
                 yield each
             return
         session = self._shell.current

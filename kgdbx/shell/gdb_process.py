@@ -19,6 +19,7 @@ _MARK = b"\x1e"
 _CHANNEL_VARIABLE = "KGDBX_CHANNEL"
 _READ_BYTES = 1 << 16
 _END_S = 10.0
+_ENDED = "gdb has ended; use 'reopen' to start it again"
 
 
 class Reply:
@@ -120,7 +121,7 @@ class GdbProcess:
         """
         process = self._process
         if process is None or process.stdin is None or not self.alive:
-            raise TargetLost("gdb has ended; use 'reopen' to start it again")
+            raise TargetLost(_ENDED)
         self._token += 2
         request = _Request(self._token)
         self._requests.append(request)
@@ -154,6 +155,8 @@ class GdbProcess:
             raise CommandError(f"gdb gave no answer to {name!r}") from None
         finally:
             del self._answers[number]
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # taken note of, also if the request was what failed
         if "error" in found:
             raise CommandError(found["error"])
         return found["value"]
@@ -190,10 +193,9 @@ class GdbProcess:
             self._take(record)
         status = await process.wait()
         await events
-        lost = TargetLost("gdb has ended; use 'reopen' to start it again")
         for future in (*(each.future for each in self._requests), *self._answers.values()):
             if not future.done():
-                future.set_exception(lost)
+                future.set_exception(TargetLost(_ENDED))
         self._requests.clear()
         self.on_exit(status)
 

@@ -16,6 +16,7 @@ from kgdbx.symbols.elf import ElfSymbols
 
 __all__ = ("Knowledge",)
 
+_ASK_S = 0.3
 _MODULES_S = 5.0
 
 
@@ -23,12 +24,17 @@ class Knowledge:
     """Names by kernel file, and answers of gdb by session.
 
     :param on_news: called when something came that was asked for before
+    :param on_late: called when candidates came for which nobody had waited
     """
 
-    def __init__(self, shell: Shell, on_news: Callable[[], None]) -> None:
+    def __init__(
+        self, shell: Shell, on_news: Callable[[], None], on_late: Callable[[], None]
+    ) -> None:
         self.gdb_commands: tuple[str, ...] = ()
         self._shell = shell
         self._on_news = on_news
+        self._on_late = on_late
+        self._asked: dict[tuple[str, str, str], asyncio.Task[Any]] = {}
         self._indexes: dict[Path, tuple[NameIndex, NameIndex]] = {}
         self._loading: dict[Path, asyncio.Future[None]] = {}
         self._answers: dict[tuple[str, str, str], Any] = {}
@@ -78,24 +84,6 @@ class Knowledge:
             self._start(self._fetch_modules(session))
         return names
 
-    def module_functions(self, module: str) -> list[str]:
-        """Functions of a module; empty until gdb has told."""
-        session = self._shell.current
-        if session is None:
-            return []
-        return self._told(session, "module_functions", module=module)
-
-    def module_names(self) -> list[str]:
-        """Modules that are loaded or known; empty until gdb has told."""
-        session = self._shell.current
-        return self._told(session, "module_names") if session is not None else []
-
-    def _told(self, session: KernelSession, name: str, **arguments: Any) -> list[str]:
-        key = (session.name, name, json.dumps(arguments))
-        if key not in self._answers:
-            self._start(self._fetch(session, name, **arguments))
-        return list(self._answers.get(key, ()))
-
     def signature(self, function: str) -> str:
         """C declaration of a function; empty until gdb has told."""
         return self._signatures.get(function, "")
@@ -108,15 +96,38 @@ class Knowledge:
             self._signatures |= dict.fromkeys(missing, "")
             self._start(self._fetch_signatures(session, missing))
 
-    async def ask(self, session: KernelSession, name: str, **arguments: Any) -> Any:
-        """An answer of gdb, which is kept.
+    async def ask(
+        self, session: KernelSession, name: str, *, keep: bool = True, **arguments: Any
+    ) -> Any:
+        """An answer of gdb, waited for only as long as somebody who types would.
 
+        :param keep: it is always the same: do not ask again
         :raises CommandError: if gdb is busy or refuses
+        :raises TimeoutError: if it takes longer; there is news when it has come
         """
         key = (session.name, name, json.dumps(arguments))
-        if key not in self._answers:
-            self._answers[key] = await session.ask(name, **arguments)
-        return self._answers[key]
+        if key in self._answers:
+            return self._answers[key]
+        asked = self._asked.get(key)
+        if asked is None:
+            loop = asyncio.get_running_loop()
+            asked = self._asked[key] = loop.create_task(session.ask(name, **arguments))
+        try:
+            async with asyncio.timeout(_ASK_S):
+                answer = await asyncio.shield(asked)
+        except TimeoutError:
+            asked.add_done_callback(self._late_answer)
+            raise
+        finally:
+            if asked.done():
+                self._asked.pop(key, None)
+        if keep:
+            self._answers[key] = answer
+        return answer
+
+    def _late_answer(self, asked: "asyncio.Task[Any]") -> None:
+        if not asked.cancelled() and asked.exception() is None:
+            self._on_late()
 
     def _index(self, which: int) -> NameIndex:
         path = self._vmlinux()
@@ -142,15 +153,13 @@ class Knowledge:
         words = {match.split(" ")[0] for match in reply.results.get("matches", ())}
         self.gdb_commands = tuple(sorted(words))
 
-    async def _fetch(self, session: KernelSession, name: str, **arguments: Any) -> None:
-        await self.ask(session, name, **arguments)
-        self._on_news()
-
     async def _fetch_modules(self, session: KernelSession) -> None:
+        _, before = self._modules[session.name]
         found = await session.ask("modules")
         names = [str(row["module"]) for row in found["rows"]]
         self._modules[session.name] = (time.monotonic(), names)
-        self._on_news()
+        if names != before:
+            self._on_late()
 
     async def _fetch_signatures(self, session: KernelSession, functions: list[str]) -> None:
         self._signatures |= await session.ask("signatures", functions=functions)

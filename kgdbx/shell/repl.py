@@ -7,8 +7,10 @@ import signal
 import traceback
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application.current import set_app
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import EditingMode
@@ -62,7 +64,7 @@ class _Repl:
         self._something = asyncio.Event()
         self._view: Screen | None = None
         self._typed = Document()
-        self._knowledge = Knowledge(shell, self._changed)
+        self._knowledge = Knowledge(shell, self._changed, self._complete_again)
         colour = bool(shell.style.bold)
         self._session: PromptSession[str] = PromptSession(
             lambda: prompt(shell),
@@ -96,6 +98,7 @@ class _Repl:
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.set_exception_handler(self._mistake)
         helpers = [
             loop.create_task(self._show()),
             loop.create_task(self._refresh()),
@@ -109,7 +112,9 @@ class _Repl:
                 # A search that was under way when the prompt went would keep the focus.
                 self._session.layout.focus(self._session.default_buffer)
                 try:
-                    text = await self._session.prompt_async(default=self._typed)
+                    text = await self._session.prompt_async(
+                        default=self._typed, set_exception_handler=False
+                    )
                 except EOFError:
                     if self._shell.python:
                         self._shell.python = False
@@ -127,6 +132,12 @@ class _Repl:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+
+    def _mistake(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # Of ours, in a task that nobody waits for: it is said, and the prompt stays.
+        error = context.get("exception")
+        text = "".join(traceback.format_exception(error)) if error is not None else ""
+        self._shell.say(f"kgdbx: {context['message']}\n{text}", fault=True)
 
     def _end(self) -> None:
         # Asked to by a signal: probes are removed on the way out.
@@ -219,7 +230,17 @@ class _Repl:
         return toolbar(self._shell, self._knowledge, line, app.output.get_size().columns)
 
     def _changed(self) -> None:
+        session = self._shell.current
+        if self._view is not None and session is not None and session.state == "lost":
+            self._view.end()  # what is said of it is at the prompt
         self._session.app.invalidate()
+
+    def _complete_again(self) -> None:
+        # Candidates came later than the key that asked for them.
+        app, buffer = self._session.app, self._session.default_buffer
+        if app.is_running and buffer.text and buffer.complete_state is None:
+            with set_app(app):
+                buffer.start_completion()
 
     def _is_command(self, word: str) -> bool:
         if word in _OWN_WORDS or word in short_names() or word in self._knowledge.gdb_commands:

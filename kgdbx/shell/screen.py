@@ -52,7 +52,7 @@ class Screen:
         """Show it, until a key ends it."""
         fetcher = asyncio.get_running_loop().create_task(self._fetch())
         try:
-            await self._app.run_async()
+            await self._app.run_async(set_exception_handler=False)
         finally:
             fetcher.cancel()
             self.left.set()

@@ -63,7 +63,8 @@ def signatures(session: Session, functions: list[str]) -> dict[str, str]:
 
 def module_functions(session: Session, module: str) -> list[str]:
     """Names of the functions of a loaded module."""
-    return list(session.function_names(module))
+    # The padding before a function may have a symbol, see CONFIG_CALL_PADDING.
+    return [name for name in session.function_names(module) if not name.startswith("__pfx_")]
 
 
 def module_names(session: Session) -> list[str]:

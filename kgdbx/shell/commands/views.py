@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from kgdbx.commands.registry import argument
+from kgdbx.errors import CommandError
 from kgdbx.shell.commands import SHELL_COMMANDS
 from kgdbx.shell.layouts import Line, Table
 from kgdbx.shell.sources import VIEW_SUMMARIES, View
@@ -18,6 +19,8 @@ _Run = Callable[["Shell", argparse.Namespace], Coroutine[Any, Any, None]]
 
 def _make(name: str) -> _Run:
     async def run(shell: "Shell", args: argparse.Namespace) -> None:
+        if shell.session.state == "lost":
+            raise CommandError(f"{shell.session.name} is lost; use: reopen")
         if shell.show_view is not None:
             await shell.show_view(name, args.arguments)
             return
