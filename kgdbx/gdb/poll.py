@@ -7,6 +7,7 @@ import traceback
 
 import gdb
 
+from kgdbx.errors import TargetLost
 from kgdbx.gdb.control_c import ControlC
 from kgdbx.session import Session
 from kgdbx.target.gdb_inferior import GdbTarget
@@ -47,7 +48,7 @@ class Poller:
         self._taken.set()
         self._rest = False
         self._posting = threading.Lock()
-        self._exiting = False
+        self._over = False
         gdb.events.cont.connect(self._on_cont)
         gdb.events.stop.connect(self._on_stop)
         gdb.events.gdb_exiting.connect(self._on_exit)
@@ -71,7 +72,7 @@ class Poller:
 
     def _on_exit(self, event: gdb.GdbExitingEvent) -> None:
         with self._posting:
-            self._exiting = True
+            self._over = True
         if not self._taken.is_set():
             gdb.flush()
             os._exit(getattr(event, "exit_code", 0))
@@ -86,7 +87,7 @@ class Poller:
 
     def _post(self) -> bool:
         with self._posting:
-            if not self._runs.is_set() or self._session.closed or self._exiting:
+            if not self._runs.is_set() or self._session.closed or self._over:
                 return False
             if (keys := self._control_c) is not None and keys.pressed:
                 self._target.request_stop()
@@ -118,6 +119,8 @@ class Poller:
             if self._runs.is_set():
                 self._target.request_stop()
                 self._interrupt()
+        except TargetLost:  # gdb tells
+            self._end()
         except Exception:  # nobody is there to catch it, and gdb would say next to nothing
             traceback.print_exc()
             self._end()
@@ -127,10 +130,13 @@ class Poller:
             gdb.execute("interrupt", to_string=True)
 
     def _end(self) -> None:
+        with self._posting:
+            if self._over:
+                return
+            self._over = True
         if self._control_c is not None:
             self._control_c.end()
             self._control_c = None
-        with contextlib.suppress(ValueError):  # the second time
-            gdb.events.cont.disconnect(self._on_cont)
-            gdb.events.stop.disconnect(self._on_stop)
-            gdb.events.gdb_exiting.disconnect(self._on_exit)
+        gdb.events.cont.disconnect(self._on_cont)
+        gdb.events.stop.disconnect(self._on_stop)
+        gdb.events.gdb_exiting.disconnect(self._on_exit)
