@@ -41,6 +41,7 @@ from kgdbx.target.base import Stop, Target
 from kgdbx.target.break_in import BreakIn, sysrq_over_console
 from kgdbx.target.core import CoreRam, CoreTarget
 from kgdbx.target.kgdb import KgdbTarget
+from kgdbx.target.kgdb_access import KgdbAccess
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
 from kgdbx.target.serial_line import is_tty
@@ -235,7 +236,7 @@ class Session:
         try:
             ram_end = sum(ram.ranges()[-1]) if ram is not None else 0
             kernel = Kernel.attach(target, vmlinux, debug_modules=debug_modules, ram_end=ram_end)
-            if isinstance(target, KgdbTarget):
+            if isinstance(target, KgdbAccess):
                 target.read_ahead_in(*kgdb_ram(kernel))
                 target.use_symbols(kgdb_symbols(kernel))
             return cls(target, kernel, ram=ram, journal=journal)

@@ -27,13 +27,14 @@ class Context:
 
     :param out: where text goes
     :param events: where lines of events go, if elsewhere
-    :param connect: attaches to a VM by name, a socket or ``host:port``, with an optional vmlinux
+    :param connect: attaches to a VM by name, a socket or ``host:port``, with an optional vmlinux,
+        and the line of a console over which KGDB's kernel can be stopped
     """
 
     def __init__(
         self,
         out: Output,
-        connect: Callable[[str, str | None], Session],
+        connect: Callable[[str, str | None, str | None], Session],
         style: Style,
         events: Output | None = None,
     ) -> None:
@@ -59,14 +60,14 @@ class Context:
         """Whether a kernel is attached."""
         return self._session is not None
 
-    def attach(self, where: str, vmlinux: str | None) -> Session:
+    def attach(self, where: str, vmlinux: str | None, sysrq: str | None = None) -> Session:
         """Attach, and show events and faults from now on.
 
         :raises CommandError: if a kernel is attached already
         """
         if self._session is not None:
             raise CommandError(f"{self._session.target.name} is attached; detach first")
-        session = self._connect(where, vmlinux)
+        session = self._connect(where, vmlinux, sysrq)
         session.event_listeners.append(self._show_event)
         session.probes.fault_listeners.append(self._show_fault)
         self._session = session

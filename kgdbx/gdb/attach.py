@@ -5,35 +5,62 @@ from pathlib import Path
 import gdb
 
 from kgdbx.errors import CommandError, TargetError
+from kgdbx.gdb.kgdb import attach_connected, attach_line
 from kgdbx.gdb.poll import Poller
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session, open_ram
 from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.gdb_kgdb import GdbKgdbTarget, is_kgdb
 from kgdbx.target.rsp import release_stub
 from kgdbx.target.serial_line import is_tty
 
 __all__ = ("connect",)
 
 
-def connect(where: str, vmlinux: str | None, *, keys: bool = True) -> Session:
+def connect(
+    where: str, vmlinux: str | None, sysrq: str | None = None, *, keys: bool = True
+) -> Session:
     """Attach gdb, and kgdbx through it.
 
-    :param where: VM name, socket or ``host:port``; empty for the connection that gdb has
+    :param where: VM name, socket or ``host:port``, for KGDB behind ``kgdb:``; or a tty; empty for
+        the connection that gdb has
+    :param sysrq: tty of the console over which KGDB's kernel can be stopped
     :param keys: whether ^C comes to gdb, and means the kernel
     :raises CommandError: if it is not clear what to attach to
     """
-    if where.startswith("kgdb:") or (where and is_tty(where)):
-        raise CommandError(
-            "kgdbx inside gdb goes by QEMU's stub; over KGDB's serial line use: kgdbx probe --kgdb"
+    session, target, path = _attach(where, vmlinux, sysrq)
+    target.on_stop = session.probes.on_stop
+    if session.ram is None:  # and here the kernel runs until the user stops it
+        session.resident.unread = (
+            "a stub gives no memory while the kernel runs; attach to a VM of ours by its name"
         )
+    try:
+        if not isinstance(target, GdbKgdbTarget):
+            session.recovery = session.resident.recover()
+        _relocate(path, session.kernel.slide)
+    except BaseException:
+        session.close()
+        raise
+    Poller(session, target, keys=keys)
+    return session
+
+
+def _attach(where: str, vmlinux: str | None, sysrq: str | None) -> tuple[Session, GdbTarget, Path]:
+    if where and gdb.selected_inferior().pid:
+        # gdb would end the other connection by killing its VM.
+        raise CommandError("gdb is connected; detach first, or use 'kgdbx attach' alone")
+    line = where.removeprefix("kgdb:")
+    if line != where or (where and is_tty(where)):
+        return attach_line(line, vmlinux, sysrq)
+    if sysrq is not None:
+        raise CommandError("--sysrq is for a line of KGDB: kgdb:LINE")
+    if not where and is_kgdb():
+        return attach_connected(_vmlinux(vmlinux, None))
     info = find_vm(where).info if where and "/" not in where and ":" not in where else None
     path = _vmlinux(vmlinux, info)
     if where:
         address = str(info.gdb_socket) if info is not None else where
-        if gdb.selected_inferior().pid:
-            # gdb would end the other connection by killing its VM.
-            raise CommandError("gdb is connected; detach first, or use 'kgdbx attach' alone")
         release_stub(address)  # gdb would wait for minutes where another debugger is attached
         try:
             gdb.execute(f"target remote {address}", to_string=True)
@@ -46,19 +73,7 @@ def connect(where: str, vmlinux: str | None, *, keys: bool = True) -> Session:
     target = GdbTarget(ram=ram)
     journal = info.journal if info is not None else None
     session = Session.attach(target, path, debug_modules=modules, ram=ram, journal=journal)
-    target.on_stop = session.probes.on_stop
-    if ram is None:  # and here the kernel runs until the user stops it
-        session.resident.unread = (
-            "a stub gives no memory while the kernel runs; attach to a VM of ours by its name"
-        )
-    try:
-        session.recovery = session.resident.recover()
-        _relocate(path, session.kernel.slide)
-    except BaseException:
-        session.close()
-        raise
-    Poller(session, target, keys=keys)
-    return session
+    return session, target, path
 
 
 def _vmlinux(given: str | None, info: VmInfo | None) -> Path:

@@ -1,12 +1,12 @@
 """Leaving gdb: no probe stays behind, however gdb ends."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 from kgdbx.commands.context import Context
 from kgdbx.errors import KgdbxError
+from kgdbx.gdb.python import python_of_gdb
 
 __all__ = ("leave",)
 
@@ -18,8 +18,12 @@ import sys
 from kgdbx.machine.info import list_infos
 from kgdbx.session import Session
 from kgdbx.target.rsp import RspTarget
-vm = next((i for i in list_infos() if str(i.gdb_socket) == sys.argv[1]), None)
-(RspTarget(sys.argv[1]) if vm is None else Session.attach_vm(vm)).close()
+where, vmlinux = sys.argv[1:]
+vm = next((i for i in list_infos() if str(i.gdb_socket) == where), None)
+if where.startswith("kgdb:"):
+    Session.connect(where, vmlinux).close()
+else:
+    (RspTarget(where) if vm is None else Session.attach_vm(vm)).close()
 """
 
 
@@ -32,21 +36,16 @@ def leave(context: Context) -> None:
     if not context.attached:
         return
     address = context.session.target.name
+    vmlinux = str(context.session.kernel.vmlinux.path)
     try:
         context.detach()
     except KgdbxError:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         subprocess.Popen(
-            [_python(), "-c", _RELEASE, address],
+            [python_of_gdb(), "-c", _RELEASE, address, vmlinux],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-
-
-def _python() -> str:
-    # gdb's sys.executable is a guess that need not exist.
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    return shutil.which(name, path=os.path.join(sys.exec_prefix, "bin")) or name

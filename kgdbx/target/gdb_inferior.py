@@ -29,9 +29,10 @@ from kgdbx.target.base import (
     Target,
     check_debug_register,
 )
+from kgdbx.target.gdb_settings import GdbSettings
 from kgdbx.target.ram import GuestRam
 
-__all__ = ("GdbTarget",)
+__all__ = ("GdbTarget", "user_breakpoints")
 
 _RETRY_S = 0.25
 _WORDS = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: "unsigned long"}
@@ -89,25 +90,32 @@ class GdbTarget(Target):
         self._exited = False
         gdb.events.exited.connect(self._on_exited)
         gdb.events.stop.connect(self._on_stop_event)
-        self._settings = _Settings()
+        self._settings = self._change_settings()
         _Written()
         try:
-            self._packet_bytes = self._ask_packet_bytes()
-            self._stop = Stop(self._selected_cpu(), StopReason.INTERRUPT, None, 2)
-            self._layout = stub.read_layout(self._exchange, self._packet_bytes)
-            physical = ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
-            self._capabilities = Capabilities(
-                hardware_breakpoints=DEBUG_REGISTERS,
-                software_breakpoints=None,
-                physical_memory=physical,
-                reads_while_running=ram is not None,
-                writes_while_running=ram is not None,
-                single_cpu_step=b"s" in self._exchange(b"vCont?"),
-                clock_stops=True,
-            )
+            self._learn()
         except BaseException:
             self.close(resume=False)
             raise
+
+    def _change_settings(self) -> GdbSettings:
+        return GdbSettings({"remote swbreak-feature-packet": "on"})
+
+    # What this stub is and has.
+    def _learn(self) -> None:
+        self._packet_bytes = self._ask_packet_bytes()
+        self._stop = Stop(self._selected_cpu(), StopReason.INTERRUPT, None, 2)
+        self._layout = stub.read_layout(self._exchange, self._packet_bytes)
+        physical = self._ram is not None or self._exchange(b"Qqemu.PhyMemMode:0") == b"OK"
+        self._capabilities = Capabilities(
+            hardware_breakpoints=DEBUG_REGISTERS,
+            software_breakpoints=None,
+            physical_memory=physical,
+            reads_while_running=self._ram is not None,
+            writes_while_running=self._ram is not None,
+            single_cpu_step=b"s" in self._exchange(b"vCont?"),
+            clock_stops=True,
+        )
 
     @property
     def name(self) -> str:
@@ -360,7 +368,7 @@ class GdbTarget(Target):
     def _own_breakpoint_here(self) -> int | None:
         # A stop may come just before a breakpoint is hit, which must not be missed then.
         pc = int(gdb.newest_frame().pc())
-        return pc if self._at(pc) and not any(_user_breakpoints(pc)) else None
+        return pc if self._at(pc) and not any(user_breakpoints(pc)) else None
 
     def _at(self, pc: int) -> "_Breakpoint | None":
         software = self._breakpoints.get((BreakpointKind.SOFTWARE, pc, 1))
@@ -446,17 +454,23 @@ class GdbTarget(Target):
         if self._breakpoints.get(ours.key) is not ours:
             return False
         kind, address, _ = ours.key
-        watch = kind >= BreakpointKind.WATCH_WRITE
+        if kind >= BreakpointKind.WATCH_WRITE:
+            return self._handle(StopReason.WATCHPOINT, address)
+        return self._handle(StopReason.TRAP, None, elsewhere_than=address)
+
+    # Whether gdb shall stop here.
+    def _handle(
+        self, reason: StopReason, watched: int | None, elsewhere_than: int | None = None
+    ) -> bool:
         self._hits += 1
         self.on_hit()
         self._hit_cpu = self._general_cpu = cpu = self._selected_cpu()
         self._pc = None
-        reason = StopReason.WATCHPOINT if watch else StopReason.TRAP
-        self._stop = stop = Stop(cpu, reason, address if watch else None)
+        self._stop = stop = Stop(cpu, reason, watched)
         try:
             keep = self._dispatch(stop)
-            if self._retired and not watch:
-                self._delete_retired(address)
+            if self._retired and elsewhere_than is not None:
+                self._delete_retired(elsewhere_than)
         finally:
             self._hit_cpu = None
             if self._stale:
@@ -506,7 +520,7 @@ class GdbTarget(Target):
         # Whether a breakpoint of the user is next, which gdb would now step over.
         if len(gdb.breakpoints()) == len(self._breakpoints) + len(self._retired):
             return False  # all are ours
-        for each in _user_breakpoints(pc):
+        for each in user_breakpoints(pc):
             if self._run is not None:
                 self._run.hands_over = True
             else:
@@ -708,31 +722,6 @@ class _Written(gdb.Function):
         return self._count
 
 
-class _Settings:
-    # Settings of gdb that are ours while a target is open.
-
-    _SWBREAK = "remote swbreak-feature-packet"
-
-    def __init__(self) -> None:
-        value = gdb.parameter(self._SWBREAK)
-        self._swbreak = "auto" if value is None else "on" if value else "off"
-        row = gdb.execute("info signals SIGTRAP", to_string=True).splitlines()[-1].split()
-        stop, show, forward = (word == "Yes" for word in row[1:4])
-        self._sigtrap = " ".join(
-            (
-                "stop" if stop else "nostop",
-                "print" if show else "noprint",
-                "pass" if forward else "nopass",
-            )
-        )
-        _execute(f"set {self._SWBREAK} on")
-        _execute("with confirm off -- handle SIGTRAP nostop noprint nopass")
-
-    def restore(self) -> None:
-        _execute(f"set {self._SWBREAK} {self._swbreak}")
-        _execute(f"with confirm off -- handle SIGTRAP {self._sigtrap}")
-
-
 def _connect(address: str | None) -> Any:
     if address is not None:
         try:
@@ -745,7 +734,8 @@ def _connect(address: str | None) -> Any:
     return connection
 
 
-def _user_breakpoints(pc: int) -> Iterator[Any]:
+def user_breakpoints(pc: int) -> Iterator[Any]:
+    """Breakpoints of the user that are enabled at an address."""
     for each in gdb.breakpoints():
         code = each.type in (gdb.BP_BREAKPOINT, gdb.BP_HARDWARE_BREAKPOINT)
         if code and each.enabled and not isinstance(each, _Breakpoint):

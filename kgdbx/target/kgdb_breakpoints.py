@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from kgdbx.errors import ProbeError, Unsupported
 from kgdbx.target.base import BreakpointKind, check_debug_register
-from kgdbx.target.kgdb_packets import KgdbConnection
+from kgdbx.target.kgdb_packets import KgdbPackets
 
 __all__ = ("KgdbBreakpoints", "MAX_SOFTWARE_BREAKPOINTS")
 
@@ -21,7 +21,7 @@ _FULL = b"E%02d" % errno.E2BIG
 class KgdbBreakpoints:
     """The breakpoints of one attachment."""
 
-    def __init__(self, connection: KgdbConnection) -> None:
+    def __init__(self, connection: KgdbPackets) -> None:
         self._connection = connection
         self._inserted: set[tuple[BreakpointKind, int, int]] = set()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProtocolError, TargetError, Unsupported
 from kgdbx.target.kgdb_memory import KgdbMemory
-from kgdbx.target.kgdb_packets import KgdbConnection
+from kgdbx.target.kgdb_packets import KgdbPackets
 from kgdbx.target.kgdb_state import KgdbState
 from kgdbx.target.kgdb_threads import (
     KGDB_LAYOUT,
@@ -35,7 +35,7 @@ class KgdbCpus:
         lets it run
     """
 
-    def __init__(self, connection: KgdbConnection, memory: KgdbMemory) -> None:
+    def __init__(self, connection: KgdbPackets, memory: KgdbMemory) -> None:
         self._connection = connection
         self._memory = memory
         self.numbers: tuple[int, ...] = (0,)

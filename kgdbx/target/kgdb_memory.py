@@ -1,7 +1,7 @@
 """Memory over KGDB: small packets, and what was read at a stop is kept until the kernel runs."""
 
 from kgdbx.errors import MemoryFault, ProtocolError
-from kgdbx.target.kgdb_packets import KgdbConnection
+from kgdbx.target.kgdb_packets import KgdbPackets
 from kgdbx.target.stub import decode_hex
 
 __all__ = ("KgdbMemory", "PACKET_BYTES")
@@ -24,7 +24,7 @@ class KgdbMemory:
     so there only what is asked for is read.
     """
 
-    def __init__(self, connection: KgdbConnection) -> None:
+    def __init__(self, connection: KgdbPackets) -> None:
         self._connection = connection
         self._lines: dict[int, bytes] = {}
         self._exact: dict[tuple[int, int], bytes] = {}

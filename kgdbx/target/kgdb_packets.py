@@ -16,12 +16,13 @@ import re
 import select
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from kgdbx.errors import ProtocolError, TargetTimeout
 from kgdbx.target.serial_line import SerialLine
 from kgdbx.target.wake import Wake
 
-__all__ = ("KgdbConnection", "Valid")
+__all__ = ("KgdbConnection", "KgdbPackets", "Valid")
 
 Valid = Callable[[bytes], bool]
 """Whether a reply is one that a command can have."""
@@ -38,6 +39,22 @@ _ACK, _NAK = b"+", b"-"
 
 def _anything(reply: bytes) -> bool:
     return True
+
+
+class KgdbPackets(Protocol):
+    """Exchanges packets with a KGDB that waits for commands: a line of ours, or gdb's."""
+
+    noisy: bool
+    """Whether there was an error on the line, so that what is written is read back."""
+
+    def exchange(self, payload: bytes, valid: Valid = ..., /) -> tuple[bytes, bool]:
+        """Send a command that may be carried out twice, and get the reply.
+
+        :return: the reply, and whether the command may have been carried out more than once
+        """
+
+    def read(self, payload: bytes, valid: Valid = ..., /) -> bytes:
+        """Send a command that only reads, and get the reply."""
 
 
 class KgdbConnection:

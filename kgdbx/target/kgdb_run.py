@@ -5,8 +5,7 @@ import math
 import time
 from collections.abc import Callable
 
-from kgdbx.arch.registers import Registers
-from kgdbx.errors import MemoryFault, TargetLost, TargetTimeout, Unsupported
+from kgdbx.errors import TargetLost, TargetTimeout, Unsupported
 from kgdbx.target.base import IDLE_S, BreakpointKind, Stop, StopReason, Target
 from kgdbx.target.break_in import BreakIn
 from kgdbx.target.idle import IdleCalls
@@ -14,18 +13,13 @@ from kgdbx.target.kgdb_breakpoints import KgdbBreakpoints
 from kgdbx.target.kgdb_cpus import KgdbCpus
 from kgdbx.target.kgdb_memory import KgdbMemory
 from kgdbx.target.kgdb_packets import KgdbConnection
+from kgdbx.target.kgdb_stops import KgdbStepper, reason_of_stop
 from kgdbx.target.serial_line import SerialLine
 
 __all__ = ("KgdbRunControl",)
 
-_INT3 = b"\xcc"
-_SOFTWARE, _HARDWARE = BreakpointKind.SOFTWARE, BreakpointKind.HARDWARE
+_SOFTWARE = BreakpointKind.SOFTWARE
 _BY_EITHER = (StopReason.TRAP, StopReason.WATCHPOINT)  # int3, or a debug exception
-_IF, _TF = 1 << 9, 1 << 8
-# Instructions that show or change the flags, behind prefixes: pushf, popf, iret, cli, sti.
-_FLAG_CODES = frozenset(b"\x9c\x9d\xcf\xfa\xfb")
-_PREFIXES = b"\x66\x48"
-_STEPS = 64
 _BREAK_IN_S = 2.0
 _BREAK_IN_TRIES = 4
 
@@ -48,6 +42,7 @@ class KgdbRunControl(Target):
         self._memory = KgdbMemory(self._connection)
         self._breakpoints = KgdbBreakpoints(self._connection)
         self._cpus = KgdbCpus(self._connection, self._memory)
+        self._stepper = KgdbStepper(self._cpus, self._memory, self._go)
         self._stop = Stop(0, StopReason.INTERRUPT)
         self._disarm = False  # a CPU may still have a debug register that was removed
         self._by_debug_exception = False
@@ -71,45 +66,15 @@ class KgdbRunControl(Target):
         self._require_stopped("a step")
         if cpu != self._stop.cpu:
             raise Unsupported(f"KGDB steps the CPU that stopped, {self._stop.cpu}, and no other")
-        registers = self.read_registers(cpu)
-        under = self._breakpoints.is_at(_SOFTWARE, registers.rip)
-        masked = self._mask_interrupts(cpu, registers)
+        rip = self.read_registers(cpu).rip
+        under = self._breakpoints.is_at(_SOFTWARE, rip)
         if under:
-            self.remove_breakpoint(_SOFTWARE, registers.rip)
+            self.remove_breakpoint(_SOFTWARE, rip)
         try:
-            stop = self._step(cpu)
-            if masked:
-                self._unmask_interrupts(cpu)
+            return self._stepper.step(cpu)
         finally:
             if under and not self._running:
-                self.insert_breakpoint(_SOFTWARE, registers.rip)
-        return stop
-
-    def _step(self, cpu: int) -> Stop:
-        command = b"s"
-        for _ in range(_STEPS):
-            if self._cpus.state is not None and command == b"s":
-                self._cpus.state.hold_others()
-            self._start(command)
-            stop = self._wait_stop(command)
-            if stop.cpu == cpu:
-                return stop
-            # Another CPU had reached a breakpoint of its own before; it will reach it again, and
-            # the one that is stepped ends its step when it is let.
-            command = b"c"
-        raise TargetTimeout(f"CPU {cpu} does not come to the end of its step")
-
-    def _mask_interrupts(self, cpu: int, registers: Registers) -> bool:
-        # A handler of an interrupt would run whole within the step, with the other CPUs held.
-        code = self._memory.read(registers.rip, 4).lstrip(_PREFIXES)
-        if not registers.eflags & _IF or code[0] in _FLAG_CODES:
-            return False
-        self._cpus.write_through(cpu, "eflags", registers.eflags & ~_IF)
-        return True
-
-    def _unmask_interrupts(self, cpu: int) -> None:
-        flags = self.read_registers(cpu).eflags
-        self._cpus.write_through(cpu, "eflags", flags & ~_TF | _IF)
+                self.insert_breakpoint(_SOFTWARE, rip)
 
     def resume(self) -> None:
         if not self._running:
@@ -216,7 +181,8 @@ class KgdbRunControl(Target):
             self._cpus.state.forget_debug_registers(self._cpus.numbers)
             self._disarm = self._by_debug_exception
 
-    def _wait_stop(self, command: bytes) -> Stop:
+    def _go(self, command: bytes) -> Stop:
+        self._start(command)
         packet = self._receive_stop(self._answer_s)
         if packet is None:
             raise TargetTimeout(f"the kernel at {self.name} did not stop in {self._answer_s:g} s")
@@ -242,28 +208,17 @@ class KgdbRunControl(Target):
         signal = int(packet[1:3], 16)
         self._cpus.at_stop(packet)
         rip = self._cpus.rip
-        reason, address = StopReason.SIGNAL, None
+        reason, address = StopReason.TRAP, None
         if self._breakpoints.is_at(_SOFTWARE, rip - 1):
-            reason = StopReason.TRAP
             self._cpus.moved = rip - 1  # int3 is reported behind itself
-        elif signal != 5:
-            pass
-        elif self._breakpoints.is_at(_HARDWARE, rip) or resumed_by == b"s":
-            reason = StopReason.TRAP
-        elif self._memory_or_nothing(rip - 1, 1) == _INT3:
-            reason = StopReason.INTERRUPT  # kgdb_breakpoint()'s own
-        elif (address := self._breakpoints.watched) is not None:
-            reason = StopReason.WATCHPOINT
         else:
-            reason = StopReason.TRAP
+            stepped = resumed_by == b"s"
+            reason, address = reason_of_stop(
+                rip, signal, self._memory, self._breakpoints, stepped=stepped
+            )
         self._by_debug_exception = reason in _BY_EITHER and self._cpus.moved is None
         self._stop = Stop(self._cpus.stopped, reason, address, signal)
         return self._stop
-
-    def _memory_or_nothing(self, address: int, size_bytes: int) -> bytes:
-        with contextlib.suppress(MemoryFault):
-            return self._memory.read(address, size_bytes)
-        return b""
 
     def _require_stopped(self, what: str) -> None:
         if self._closed:

@@ -14,11 +14,11 @@ MODULES = sorted(
     if not module.ispkg
     and not module.name.endswith("__main__")
     and ".gdb." not in module.name
+    and not module.name.startswith("kgdbx.target.gdb_")
     and not module.name.startswith(
         ("kgdbx.commands.program.", "kgdbx.commands.session.", "kgdbx.shell.commands.")
     )
-    and module.name
-    not in ("kgdbx.target.gdb_inferior", "kgdbx.bench.in_gdb", "kgdbx.shell.program")
+    and module.name not in ("kgdbx.bench.in_gdb", "kgdbx.shell.program")
 )
 
 

@@ -17,7 +17,8 @@ from kgdbx.commands.session import SESSION_COMMANDS
             "where",
             nargs="?",
             default="",
-            help="VM name, path of a Unix socket, or host:port; gdb's own connection if left out",
+            help="VM name, path of a Unix socket, or host:port, for KGDB behind 'kgdb:'; a tty; "
+            "gdb's own connection if left out",
             completes="vm",
         ),
         argument(
@@ -26,10 +27,16 @@ from kgdbx.commands.session import SESSION_COMMANDS
             help="the kernel's file with debug symbols; a VM of ours knows its own",
             completes="file",
         ),
+        argument(
+            "--sysrq",
+            metavar="LINE",
+            help="tty of the console over which KGDB's kernel can be stopped; not for a VM of ours",
+            completes="file",
+        ),
     ),
 )
 def attach(context: Context, args: argparse.Namespace) -> None:
-    session = context.attach(args.where, args.vmlinux)
+    session = context.attach(args.where, args.vmlinux, args.sysrq)
     if session.recovery is not None:
         context.write(session.recovery.text)
     kernel = session.kernel
