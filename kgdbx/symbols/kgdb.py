@@ -1,7 +1,10 @@
 """Where a kernel keeps the state of its own debugger, and which addresses are its RAM."""
 
 import drgn
+from iced_x86 import Mnemonic
 
+from kgdbx.arch.instruction import decode_all
+from kgdbx.errors import SymbolError
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.kgdb_state import KgdbSymbols
 
@@ -17,13 +20,16 @@ def kgdb_symbols(kernel: Kernel) -> KgdbSymbols:
     """
     info, breaks = kernel.program["kgdb_info"], kernel.program["kgdb_break"]
     slots = kernel.program["breakinfo"]
+    event = kernel.program.type("struct perf_event")
     tlb_state = kernel.program.type("struct tlb_state")
     return KgdbSymbols(
         active=kernel.address("kgdb_active"),
         single_step=kernel.address("kgdb_single_step"),
         stepping=kernel.address("kgdb_cpu_doing_single_step"),
-        info=kernel.address("kgdb_info") + _offset(info[0].type_, "debuggerinfo"),
+        info=kernel.address("kgdb_info"),
+        info_registers=_offset(info[0].type_, "debuggerinfo"),
         info_bytes=drgn.sizeof(info[0].type_),
+        info_state=_offset(info[0].type_, "exception_state"),
         breaks=kernel.address("kgdb_break") + _offset(breaks[0].type_, "bpt_addr"),
         breaks_bytes=drgn.sizeof(breaks[0].type_),
         breaks_count=len(breaks),
@@ -31,8 +37,10 @@ def kgdb_symbols(kernel: Kernel) -> KgdbSymbols:
         slot_bytes=drgn.sizeof(slots[0].type_),
         slot_addr=_offset(slots[0].type_, "addr"),
         slot_pev=_offset(slots[0].type_, "pev"),
-        event_state=_offset(kernel.program.type("struct perf_event"), "state"),
+        event_state=_offset(event, "state"),
+        event_count=_offset(event, "count"),
         nmi_dr7=kernel.object_address("nmi_dr7"),
+        int3=_int3(kernel),
         per_cpu_offset=kernel.address("__per_cpu_offset"),
         loaded_mm=kernel.vmlinux.address("cpu_tlbstate") + _offset(tlb_state, "loaded_mm"),
         pgd=_offset(kernel.program.type("struct mm_struct"), "pgd"),
@@ -52,6 +60,15 @@ def kgdb_ram(kernel: Kernel) -> tuple[range, ...]:
         range(start, start + _ram_end(kernel)),
         range(kernel.address("_sdata"), kernel.address("_end")),
     )
+
+
+def _int3(kernel: Kernel) -> int:
+    (function,) = kernel.functions("kgdb_breakpoint")
+    code = kernel.read_code(function.address, function.size_bytes)
+    for instruction in decode_all(code, function.address):
+        if instruction.mnemonic == Mnemonic.INT3:
+            return instruction.ip
+    raise SymbolError("kgdb_breakpoint() of this kernel has no breakpoint; is it patched?")
 
 
 def _ram_end(kernel: Kernel) -> int:

@@ -5,6 +5,7 @@ are gdb's, as over QEMU's stub. Debug registers are ours: KGDB tells nobody whic
 and gdb would take such a stop for a stray SIGTRAP.
 """
 
+import dataclasses
 import errno
 from typing import Any
 
@@ -19,19 +20,16 @@ from kgdbx.target.gdb_settings import GdbSettings
 from kgdbx.target.kgdb_access import KgdbAccess
 from kgdbx.target.kgdb_breakpoints import KgdbBreakpoints
 from kgdbx.target.kgdb_cpus import KgdbCpus
+from kgdbx.target.kgdb_debug_registers import KgdbDebugRegisters
 from kgdbx.target.kgdb_memory import KgdbMemory
 from kgdbx.target.kgdb_state import KgdbSymbols
-from kgdbx.target.kgdb_stops import KgdbStepper, reason_of_stop
+from kgdbx.target.kgdb_stops import KgdbStepper, reason_of_stop, watch_in_the_way
 
 __all__ = ("GdbKgdbTarget", "is_kgdb")
 
 _SOFTWARE, _HARDWARE = BreakpointKind.SOFTWARE, BreakpointKind.HARDWARE
 _SIGTRAP = 5
 _ANSWER_S = 20
-_MAY_STOP = (
-    "kgdbx: the kernel stood at a watch, and may stop there once more, with nobody attached; "
-    "before you leave, delete the watch, continue, and stop the kernel by ^C\n"
-)
 
 
 class GdbKgdbTarget(KgdbAccess, GdbTarget):
@@ -46,9 +44,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
 
     def __init__(self, name: str) -> None:
         self._known = False  # which CPU stopped, and where
-        self._disarm = False  # a CPU may still have a debug register that was removed
         self._by_debug_exception = False
-        self._stale_cpu = -1
         self._trap: Any = None
         super().__init__()
         self._name = name
@@ -60,8 +56,9 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._packets = GdbKgdbPackets(self._exchange, self._settle)
         self._memory = KgdbMemory(self._packets)
         self._cpus = KgdbCpus(self._packets, self._memory)
-        self._debug_registers = KgdbBreakpoints(self._packets)
+        self._hardware = KgdbBreakpoints(self._packets)
         self._stepper = KgdbStepper(self._cpus, self._memory, self._go)
+        self._debug_registers = KgdbDebugRegisters(self._cpus, self._go)
         gdb.events.cont.connect(self._on_cont)
         _Trapped(self)
         self._catch_traps()
@@ -81,7 +78,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._require_stopped("the kernel's debugger")
         state, behind = self._cpus.state, self._cpus.rip - 1
         if state is not None:
-            state.forget_debug_registers(self._cpus.numbers)
+            self._debug_registers.changed()  # by a debugger that died, perhaps
             if self._reason()[0] is not StopReason.INTERRUPT and state.was_breakpoint(behind):
                 self._cpus.write_through(self._cpus.stopped, "rip", behind)
                 self._forget_registers()
@@ -107,17 +104,18 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._require_stopped("a breakpoint")
         self._catch_traps()
         if kind is not _SOFTWARE:
-            self._debug_registers.insert(kind, address, size_bytes)
+            self._hardware.insert(kind, address, size_bytes)
             if self._cpus.state is not None:
                 self._cpus.state.activate(address, self._cpus.numbers)
+            self._change_debug_registers()
             return
         key = (kind, address, size_bytes)
         if key in self._breakpoints:
             raise ProbeError(f"there is a {kind.name} breakpoint at {address:#x}", errno.EBUSY)
         if not any(user_breakpoints(address)) and key not in (each.key for each in self._retired):
             # gdb inserts its breakpoints when the kernel goes on: too late to be refused.
-            self._debug_registers.insert(kind, address, size_bytes)
-            self._debug_registers.remove(kind, address, size_bytes)
+            self._hardware.insert(kind, address, size_bytes)
+            self._hardware.remove(kind, address, size_bytes)
         super().insert_breakpoint(kind, address, size_bytes)
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
@@ -125,9 +123,8 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
             super().remove_breakpoint(kind, address, size_bytes)
             return
         self._require_stopped("a breakpoint")
-        self._debug_registers.remove(kind, address, size_bytes)
-        self._disarm = True
-        self._forget_debug_registers()
+        self._hardware.remove(kind, address, size_bytes)
+        self._change_debug_registers()
 
     # Run control
 
@@ -136,16 +133,24 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         if cpu != self._cpus.stopped:
             raise Unsupported(f"KGDB steps the CPU that stopped, {self._cpus.stopped}, no other")
         place = b"0,%x,1" % self._cpus.registers(cpu).rip
+        watch = watch_in_the_way(self._cpus, self._memory, self._hardware)
         under = self._packets.exchange(b"z" + place)[0] == b"OK"
+        if watch is not None:
+            self.remove_breakpoint(*watch)
         try:
-            self._stepper.step(cpu)
+            self._load_debug_registers()
+            stop = self._stepper.step(cpu)
         finally:
             if under:
                 self._packets.exchange(b"Z" + place)
+            if watch is not None:
+                self.insert_breakpoint(*watch)
             self._packets.give_back()
             self._forget_registers()
-        self._stop = Stop(cpu, StopReason.TRAP)
-        return self._stop
+        if watch is not None:
+            stop = dataclasses.replace(stop, reason=StopReason.WATCHPOINT, address=watch[1])
+        self._stop = stop
+        return stop
 
     def _go(self, command: bytes) -> Stop:
         if self._cpus.moved is not None and self._cpus.moved != self._cpus.rip:
@@ -160,17 +165,17 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         behind = self._cpus.rip - 1
         if self._at(behind) is not None or any(user_breakpoints(behind)):
             self._cpus.moved = behind
-        return Stop(self._cpus.stopped, StopReason.TRAP)
+        reason, watched = self._reason(stepped=command[:1] == b"s")
+        self._by_debug_exception = command[:1] == b"s"
+        return Stop(self._cpus.stopped, reason, watched)
 
     def _leave(self, resume: bool) -> None:
         for each in (*self._breakpoints.values(), *self._retired):
             each.delete()
         self._breakpoints.clear()
         self._retired.clear()
-        for kind, address, size_bytes in self._debug_registers:
+        for kind, address, size_bytes in self._hardware:
             self.remove_breakpoint(kind, address, size_bytes)
-        if self._disarm:
-            gdb.write(_MAY_STOP)
         self._trap.delete()
         gdb.events.cont.disconnect(self._on_cont)
         super()._leave(resume)
@@ -194,27 +199,40 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._by_debug_exception = self._reason()[0] is not StopReason.INTERRUPT and not (
             self._at(self._cpus.rip) or any(user_breakpoints(self._cpus.rip))
         )
-        self._forget_debug_registers()
 
-    def _reason(self) -> tuple[StopReason, int | None]:
-        return reason_of_stop(
-            self._cpus.rip, _SIGTRAP, self._memory, self._debug_registers, stepped=False
-        )
+    def _reason(self, *, stepped: bool = False) -> tuple[StopReason, int | None]:
+        return reason_of_stop(_SIGTRAP, self._cpus, self._memory, self._hardware, stepped=stepped)
 
-    # A CPU that stopped by one takes it back from where nobody sees it: a stop of another CPU is
-    # needed, whose NMI makes it give the register up.
-    def _forget_debug_registers(self) -> None:
-        if self._disarm and self._cpus.state is not None:
-            self._cpus.state.forget_debug_registers(self._cpus.numbers)
-            if self._by_debug_exception:
-                self._stale_cpu = self._cpus.stopped
-            self._disarm = self._by_debug_exception or (
-                self._cpus.stopped == self._stale_cpu and len(self._cpus.numbers) > 1
-            )
+    def _change_debug_registers(self) -> None:
+        self._debug_registers.changed()
+        if self._hit_cpu is None:
+            self._load_debug_registers()
+
+    # Nobody asks before gdb lets the kernel run, so they are loaded when they are changed, or when
+    # the handlers of a stop are through.
+    def _load_debug_registers(self) -> None:
+        stop, rip = self._stop, self._cpus.registers(self._cpus.stopped).rip
+        self._debug_registers.load(by_debug_exception=self._by_debug_exception)
+        if self._cpus.rip != rip:
+            self._cpus.write_through(self._cpus.stopped, "rip", rip)
+            self._cpus.rip, self._cpus.moved = rip, None
+            self._packets.give_back()
+            self._forget_registers()
+        self._stop = stop
+
+    def _handle(
+        self, reason: StopReason, watched: int | None, elsewhere_than: int | None = None
+    ) -> bool:
+        stops = super()._handle(reason, watched, elsewhere_than)
+        self._load_debug_registers()
+        return stops
 
     def _hit(self, ours: Any) -> bool:
         self._packets.stopped()
         self._at_stop()
+        watched = self._hardware.watched
+        if watched is not None and self._cpus.has_hit(watched):
+            self._handle(StopReason.WATCHPOINT, watched)  # on the way to the breakpoint
         return super()._hit(ours)
 
     def _trapped(self) -> bool:
@@ -227,7 +245,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         reason, watched = self._reason()
         if reason is StopReason.INTERRUPT:
             return self._stop_at_interrupt()
-        if reason is StopReason.TRAP and not self._debug_registers.is_at(_HARDWARE, pc):
+        if reason is StopReason.TRAP and not self._hardware.is_at(_HARDWARE, pc):
             return False  # a step of gdb's, or a debug register that is gone
         return self._handle(reason, watched)
 

@@ -49,7 +49,7 @@ class KgdbTarget(KgdbRunControl, KgdbAccess):
     def use_symbols(self, symbols: KgdbSymbols) -> None:
         super().use_symbols(symbols)
         state = self._cpus.state
-        self._disarm = True  # of a debugger that died, perhaps
+        self._debug_registers.changed()  # by a debugger that died, perhaps
         stale = self._cpus.moved is None and self._stop.reason is not StopReason.INTERRUPT
         if stale and state is not None and state.was_breakpoint(self._cpus.rip - 1):
             self._cpus.moved = self._cpus.rip - 1
@@ -68,11 +68,13 @@ class KgdbTarget(KgdbRunControl, KgdbAccess):
         else:
             self._breakpoints.insert(kind, address, size_bytes)
             self._cpus.state.activate(address, self._cpus.numbers)
+            self._debug_registers.changed()
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
         self._breakpoints.remove(kind, address, size_bytes)
-        self._disarm |= kind is not _SOFTWARE
+        if kind is not _SOFTWARE:
+            self._debug_registers.changed()
 
     def close(self, *, resume: bool = True) -> None:
         if self._closed:
@@ -99,15 +101,14 @@ class KgdbTarget(KgdbRunControl, KgdbAccess):
         for kind, address, size in self._breakpoints:
             if kind is not _SOFTWARE:
                 self._breakpoints.remove(kind, address, size)
-                self._disarm = True
-        self._forget_debug_registers()
-        # What is under way, or left in a CPU, would stop a kernel that nobody waits for.
-        if (self._disarm or self._breaks_under_way) and self.can_break_in:
+                self._debug_registers.changed()
+        self._load_debug_registers()
+        # A break-in that is under way would stop a kernel that nobody waits for.
+        if self._breaks_under_way and self.can_break_in:
             for kind, address, size in self._breakpoints:
                 self._breakpoints.remove(kind, address, size)
             self._start(b"c")
             self._ask_for_stop()
-            self._forget_debug_registers()
         # D has no address to go on at, and KGDB lets the kernel run when its OK is acknowledged.
         if self._cpus.moved is not None and self._cpus.moved != self._cpus.rip:
             self._cpus.write_through(self._stop.cpu, "rip", self._cpus.moved)

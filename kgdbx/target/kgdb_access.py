@@ -45,6 +45,7 @@ class KgdbAccess(Target):
         ahead. If the kernel was stopped by a breakpoint of a debugger that died, that is undone.
         """
         self._cpus.state = KgdbState(self._memory, symbols)
+        self._cpus.state.release_others(self._cpus.numbers)
 
     def read_ahead_in(self, *ram: range) -> None:
         """Say which virtual addresses are RAM, of which more may be read than is asked for."""

@@ -35,7 +35,12 @@ class KgdbBreakpoints:
     @property
     def watched(self) -> int | None:
         """Address of the one watchpoint; None if there is none."""
-        return next((address for kind, address, _ in self._inserted if kind in _WATCHES), None)
+        return None if self.watch is None else self.watch[1]
+
+    @property
+    def watch(self) -> tuple[BreakpointKind, int, int] | None:
+        """Kind, address and size in bytes of the one watchpoint; None if there is none."""
+        return next((key for key in self._inserted if key[0] in _WATCHES), None)
 
     def insert(self, kind: BreakpointKind, address: int, size_bytes: int) -> None:
         """Insert one.

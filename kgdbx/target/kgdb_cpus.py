@@ -46,6 +46,7 @@ class KgdbCpus:
         self._stops = 0
         self._selected: int | None = None  # the CPU whose registers g gives
         self._packets: dict[int, bytes] = {}  # g packets of this stop
+        self._hits: dict[int, bool] = {}  # whether this stop is one of a debug register
 
     def list(self) -> None:
         """Ask which CPUs there are."""
@@ -68,7 +69,18 @@ class KgdbCpus:
         self._stops += 1
         self._selected = None
         self._packets.clear()
+        self._hits.clear()
         self.moved = None
+
+    def has_hit(self, address: int) -> bool:
+        """Whether the CPU that stopped has hit a debug register since its stop before.
+
+        :param address: what the debug register holds
+        """
+        if address not in self._hits:
+            state = self.state
+            self._hits[address] = state is not None and state.hit_again(address, self.stopped)
+        return self._hits[address]
 
     def registers(self, cpu: int) -> Registers:
         """Registers of a CPU, read when they are asked for, as long as the kernel stands."""

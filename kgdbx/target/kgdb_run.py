@@ -1,19 +1,20 @@
 """Run control of a kernel behind KGDB: steps, runs, break-ins, and what a stop means."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable
 
 from kgdbx.errors import TargetLost, TargetTimeout, Unsupported
-from kgdbx.target.base import IDLE_S, BreakpointKind, Stop, StopReason, Target
+from kgdbx.target.base import BreakpointKind, Stop, StopReason
 from kgdbx.target.break_in import BreakIn
-from kgdbx.target.idle import IdleCalls
 from kgdbx.target.kgdb_breakpoints import KgdbBreakpoints
 from kgdbx.target.kgdb_cpus import KgdbCpus
+from kgdbx.target.kgdb_debug_registers import KgdbDebugRegisters
 from kgdbx.target.kgdb_memory import KgdbMemory
 from kgdbx.target.kgdb_packets import KgdbConnection
-from kgdbx.target.kgdb_stops import KgdbStepper, reason_of_stop
+from kgdbx.target.kgdb_stops import KgdbStepper, reason_of_stop, watch_in_the_way
+from kgdbx.target.run_loop import RunLoop
 from kgdbx.target.serial_line import SerialLine
 
 __all__ = ("KgdbRunControl",)
@@ -24,7 +25,7 @@ _BREAK_IN_S = 2.0
 _BREAK_IN_TRIES = 4
 
 
-class KgdbRunControl(Target):
+class KgdbRunControl(RunLoop):
     """The part of :class:`~kgdbx.target.kgdb.KgdbTarget` that lets the kernel run and stop.
 
     :param address: ``/dev/ttyS0[,115200]``, path of a Unix socket, or ``host:port``
@@ -43,8 +44,8 @@ class KgdbRunControl(Target):
         self._breakpoints = KgdbBreakpoints(self._connection)
         self._cpus = KgdbCpus(self._connection, self._memory)
         self._stepper = KgdbStepper(self._cpus, self._memory, self._go)
+        self._debug_registers = KgdbDebugRegisters(self._cpus, self._go)
         self._stop = Stop(0, StopReason.INTERRUPT)
-        self._disarm = False  # a CPU may still have a debug register that was removed
         self._by_debug_exception = False
         self._early: bytes | None = None  # a stop reply that came with an acknowledgment
         self._breaks_under_way = False  # a break-in that a breakpoint has overtaken
@@ -52,10 +53,6 @@ class KgdbRunControl(Target):
     @property
     def name(self) -> str:
         return self._address
-
-    @property
-    def running(self) -> bool:
-        return self._running
 
     @property
     def can_break_in(self) -> bool:
@@ -67,17 +64,26 @@ class KgdbRunControl(Target):
         if cpu != self._stop.cpu:
             raise Unsupported(f"KGDB steps the CPU that stopped, {self._stop.cpu}, and no other")
         rip = self.read_registers(cpu).rip
-        under = self._breakpoints.is_at(_SOFTWARE, rip)
-        if under:
-            self.remove_breakpoint(_SOFTWARE, rip)
+        under = (_SOFTWARE, rip, 1) if self._breakpoints.is_at(_SOFTWARE, rip) else None
+        watch = watch_in_the_way(self._cpus, self._memory, self._breakpoints)
+        taken = [each for each in (under, watch) if each is not None]
+        for each in taken:
+            self.remove_breakpoint(*each)
         try:
-            return self._stepper.step(cpu)
+            self._load_debug_registers()
+            stop = self._stepper.step(cpu)
         finally:
-            if under and not self._running:
-                self.insert_breakpoint(_SOFTWARE, rip)
+            if not self._running:
+                for each in taken:
+                    self.insert_breakpoint(*each)
+        if watch is not None:
+            stop = dataclasses.replace(stop, reason=StopReason.WATCHPOINT, address=watch[1])
+        self._stop = stop
+        return stop
 
     def resume(self) -> None:
         if not self._running:
+            self._load_debug_registers()
             self._start(b"c")
 
     def interrupt(self) -> Stop:
@@ -91,54 +97,21 @@ class KgdbRunControl(Target):
     def forget_stop_request(self) -> None:
         self._connection.wake.clear()
 
-    def run(
-        self,
-        on_stop: Callable[[Stop], bool] | None = None,
-        timeout_s: float | None = None,
-        on_idle: Callable[[], None] | None = None,
-        idle_s: float = IDLE_S,
-    ) -> Stop | None:
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        try:
-            return self._run(on_stop, deadline, IdleCalls(on_idle, idle_s))
-        except TargetLost:
-            self._running = False  # what is asked next fails for the same reason
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            self.interrupt()  # so that the way out finds a kernel that stands
-            raise
+    @property
+    def _stop_is_requested(self) -> bool:
+        return self._connection.wake.is_set
 
-    def _run(
-        self, on_stop: Callable[[Stop], bool] | None, deadline: float, idle: IdleCalls
-    ) -> Stop | None:
-        wake = self._connection.wake
-        while True:
-            early = self._start(b"c") if not self._running else None
-            try:
-                idle.call_if_due()
-            except BaseException:
-                self._break_in(on_stop)
-                raise
-            until = min(deadline, idle.due)
-            packet = early or self._connection.receive_stop(None if until == math.inf else until)
-            if packet is None:
-                if wake.is_set or time.monotonic() >= deadline:
-                    wake.clear()
-                    self._break_in(on_stop)
-                    return None
-                continue
-            stop = self._stopped(packet, resumed_by=b"c")
-            if stop.reason is StopReason.INTERRUPT and self._breaks_under_way:
-                self._breaks_under_way = False
-                continue
-            if on_stop is None or not on_stop(stop):
-                return stop
-
-    def _break_in(self, on_stop: Callable[[Stop], bool] | None) -> None:
-        # A breakpoint may have been faster than our break-in: it counts as any other.
-        stop = self.interrupt()
-        if stop.reason is not StopReason.INTERRUPT and on_stop is not None:
-            on_stop(stop)
+    def _next_stop(self, until: float) -> Stop | None:
+        packet, self._early = self._early, None
+        if packet is None:
+            packet = self._connection.receive_stop(None if until == math.inf else until)
+        if packet is None:
+            return None
+        stop = self._stopped(packet, resumed_by=b"c")
+        if stop.reason is StopReason.INTERRUPT and self._breaks_under_way:
+            self._breaks_under_way = False  # a break-in that came late: the run goes on
+            return None
+        return stop
 
     def _ask_for_stop(self) -> None:
         if self._break_in_way is None:
@@ -160,26 +133,21 @@ class KgdbRunControl(Target):
         if self._stopped(packet, resumed_by=b"c").reason is StopReason.INTERRUPT:
             self._breaks_under_way = False
 
-    # Let the kernel go; gives its stop reply if that has come already.
-    def _start(self, command: bytes) -> bytes | None:
+    def _start(self, command: bytes) -> None:
         if self._cpus.moved is not None and self._cpus.moved != self._cpus.rip:
             # The address of where to go on is part of the command (kgdb_arch_handle_exception()).
             payload = b"%b%x" % (command, self._cpus.moved)
         else:
             payload = command
-        self._forget_debug_registers()
-        early = self._early = self._connection.start(payload)
+        self._early = self._connection.start(payload)
         self._running = True
         self._cpus.forget()
         self._memory.forget()
-        return early
 
-    def _forget_debug_registers(self) -> None:
-        # The CPU that stopped by one takes its DR7 back from where nobody sees it: another stop
-        # is needed.
-        if self._disarm and self._cpus.state is not None:
-            self._cpus.state.forget_debug_registers(self._cpus.numbers)
-            self._disarm = self._by_debug_exception
+    def _load_debug_registers(self) -> None:
+        stop = self._stop
+        self._debug_registers.load(by_debug_exception=self._by_debug_exception)
+        self._stop = stop
 
     def _go(self, command: bytes) -> Stop:
         self._start(command)
@@ -214,7 +182,7 @@ class KgdbRunControl(Target):
         else:
             stepped = resumed_by == b"s"
             reason, address = reason_of_stop(
-                rip, signal, self._memory, self._breakpoints, stepped=stepped
+                signal, self._cpus, self._memory, self._breakpoints, stepped=stepped
             )
         self._by_debug_exception = reason in _BY_EITHER and self._cpus.moved is None
         self._stop = Stop(self._cpus.stopped, reason, address, signal)

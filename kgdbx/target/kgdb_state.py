@@ -1,6 +1,7 @@
 """What the kernel's debugger keeps in memory, and its packets do not tell."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from kgdbx.target.base import DEBUG_REGISTERS
 from kgdbx.target.kgdb_memory import KgdbMemory
@@ -13,6 +14,10 @@ _WORD = (1 << 64) - 1
 # enum perf_event_state, include/linux/perf_event.h.
 _EVENT_ACTIVE = 1
 _SLOT_ENABLED_BYTES = 4
+# What a CPU in the debugger waits for, DCPU_WANT_MASTER and DCPU_IS_SLAVE in
+# kernel/debug/debug_core.h, and a bit that the kernel does not know: it waits because of us.
+_CPU_STATE_BYTES = 4
+_WANT_MASTER, _IS_SLAVE, _HELD = 1 << 0, 1 << 2, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,8 @@ class KgdbSymbols:
     :ivar stepping: ``kgdb_cpu_doing_single_step``
     :ivar info: ``kgdb_info``, one ``struct debuggerinfo_struct`` a CPU
     :ivar info_bytes: size of one
+    :ivar info_registers: offset of ``debuggerinfo`` in it
+    :ivar info_state: offset of ``exception_state`` in it
     :ivar breaks: ``kgdb_break``, its software breakpoints, used from the first on
     :ivar breaks_bytes: size of one
     :ivar breaks_count: how many there are
@@ -33,6 +40,8 @@ class KgdbSymbols:
     :ivar slot_pev: offset of ``pev`` in it
     :ivar nmi_dr7: per-CPU offset of ``nmi_dr7``; None if the kernel has no such thing
     :ivar event_state: offset of ``state`` in ``struct perf_event``
+    :ivar event_count: offset of ``count`` in it
+    :ivar int3: the breakpoint instruction of ``kgdb_breakpoint()``
     :ivar per_cpu_offset: ``__per_cpu_offset``, an array
     :ivar loaded_mm: per-CPU offset of ``cpu_tlbstate.loaded_mm``
     :ivar pgd: offset of ``pgd`` in ``struct mm_struct``
@@ -46,6 +55,8 @@ class KgdbSymbols:
     stepping: int
     info: int
     info_bytes: int
+    info_registers: int
+    info_state: int
     breaks: int
     breaks_bytes: int
     breaks_count: int
@@ -54,7 +65,9 @@ class KgdbSymbols:
     slot_addr: int
     slot_pev: int
     event_state: int
+    event_count: int
     nmi_dr7: int | None
+    int3: int
     per_cpu_offset: int
     loaded_mm: int
     pgd: int
@@ -70,6 +83,8 @@ class KgdbState:
         self.symbols = symbols
         self._memory = memory
         self._gs_bases: dict[int, int] = {}
+        self._events: dict[tuple[int, int], int] = {}  # by what a debug register holds, and CPU
+        self._counts: dict[int, int] = {}  # by event: its hits so far
 
     def active_cpu(self) -> int:
         """The CPU that stopped."""
@@ -93,14 +108,40 @@ class KgdbState:
         """Where a register of a stopped CPU lies in the ``struct pt_regs`` of its exception; it
         has that value when the CPU goes on.
         """
-        frame = self._u64(self.symbols.info + cpu * self.symbols.info_bytes)
+        symbols = self.symbols
+        info = symbols.info + cpu * symbols.info_bytes
+        frame = self._u64(info + symbols.info_registers)
         return frame + PT_REGS_OFFSETS[name]
 
-    def hold_others(self) -> None:
+    def hold_others(self, stopped: int, cpus: tuple[int, ...]) -> bool:
         """Have the other CPUs stand still during the next step, as other architectures do
         (kgdb_cpu_enter() in kernel/debug/debug_core.c). The kernel forgets it at the next stop.
+
+        A CPU that has reached a breakpoint of its own waits for its turn to be the one that stops.
+        During a step it takes it after a hundred looks, finds the breakpoint removed, and goes on:
+        that hit would be lost. So it is made to wait as those do that only stand by.
+
+        :param stopped: the CPU that is to be stepped
+        :return: whether there was such a CPU; then :meth:`release_others` at the next stop
         """
+        waiting = self.waiting(stopped, cpus)
+        for cpu in waiting:
+            self._write_cpu_state(cpu, _IS_SLAVE | _HELD)
         self._memory.write(self.symbols.single_step, (1).to_bytes(4, "little"))
+        return bool(waiting)
+
+    def waiting(self, stopped: int, cpus: tuple[int, ...]) -> list[int]:
+        """CPUs that have reached a breakpoint or a debug register of their own, and wait for
+        their turn to be the one that stops.
+        """
+        return self._cpus_in_state(_WANT_MASTER, (cpu for cpu in cpus if cpu != stopped))
+
+    def release_others(self, cpus: tuple[int, ...]) -> None:
+        """Have CPUs wait for their turn again that :meth:`hold_others` took it from, perhaps of a
+        debugger that died.
+        """
+        for cpu in self._cpus_in_state(_HELD, cpus):
+            self._write_cpu_state(cpu, _WANT_MASTER)
 
     def activate(self, address: int, cpus: tuple[int, ...]) -> None:
         """Have the hits of a debug register reported.
@@ -123,13 +164,23 @@ class KgdbState:
                 state = _EVENT_ACTIVE.to_bytes(4, "little")
                 if self._memory.read(event + symbols.event_state, 4) != state:
                     self._memory.write(event + symbols.event_state, state)
+                self._events[address, cpu] = event
+                self._counts[event] = self._u64(event + symbols.event_count)
 
-    def forget_debug_registers(self, cpus: tuple[int, ...]) -> None:
-        """Have removed debug registers stay removed.
+    def hit_again(self, address: int, cpu: int) -> bool:
+        """Whether a CPU has hit a debug register since this was asked last, or since
+        :meth:`activate`. KGDB does not tell, but perf counts (perf_swevent_event()).
 
-        A CPU that was stopped by another one's NMI takes back the DR7 that it had before
-        (``local_db_restore()`` in arch/x86/include/asm/debugreg.h), and would reach a breakpoint
-        that KGDB has removed meanwhile. With nothing to take back it keeps what KGDB sets.
+        :param address: what the debug register holds
+        """
+        event = self._events[address, cpu]
+        before, count = self._counts[event], self._u64(event + self.symbols.event_count)
+        self._counts[event] = count
+        return count != before
+
+    def forget_saved_dr7(self, cpus: tuple[int, ...]) -> None:
+        """Have the CPUs that were stopped by another one's NMI keep the DR7 that KGDB sets: they
+        do if they have none to take back (``exc_nmi()`` in arch/x86/kernel/nmi.c).
         """
         if self.symbols.nmi_dr7 is None:
             return
@@ -152,6 +203,21 @@ class KgdbState:
             if found == 0:
                 return False
         return False
+
+    def _cpus_in_state(self, bit: int, cpus: Iterable[int]) -> list[int]:
+        def state(cpu: int) -> int:
+            data = self._memory.read(self._cpu_state_address(cpu), _CPU_STATE_BYTES)
+            return int.from_bytes(data, "little")
+
+        return [cpu for cpu in cpus if state(cpu) & bit]
+
+    def _write_cpu_state(self, cpu: int, state: int) -> None:
+        data = state.to_bytes(_CPU_STATE_BYTES, "little")
+        self._memory.write(self._cpu_state_address(cpu), data)
+
+    def _cpu_state_address(self, cpu: int) -> int:
+        symbols = self.symbols
+        return symbols.info + cpu * symbols.info_bytes + symbols.info_state
 
     def _u64(self, address: int) -> int:
         return int.from_bytes(self._memory.read(address, 8), "little")

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Callable
 
+from kgdbx.arch.accesses import memory_accesses
+from kgdbx.arch.instruction import MAX_INSTRUCTION_BYTES
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import MemoryFault, TargetTimeout
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
@@ -10,7 +12,7 @@ from kgdbx.target.kgdb_breakpoints import KgdbBreakpoints
 from kgdbx.target.kgdb_cpus import KgdbCpus
 from kgdbx.target.kgdb_memory import KgdbMemory
 
-__all__ = ("KgdbStepper", "reason_of_stop")
+__all__ = ("KgdbStepper", "reason_of_stop", "watch_in_the_way")
 
 _INT3 = b"\xcc"
 _SIGTRAP = 5
@@ -22,25 +24,45 @@ _STEPS = 64
 
 
 def reason_of_stop(
-    rip: int, signal: int, memory: KgdbMemory, breakpoints: KgdbBreakpoints, *, stepped: bool
+    signal: int, cpus: KgdbCpus, memory: KgdbMemory, breakpoints: KgdbBreakpoints, *, stepped: bool
 ) -> tuple[StopReason, int | None]:
     """Why the kernel stopped, which KGDB does not tell, if not at a software breakpoint.
 
-    :param rip: of the CPU that stopped
     :param signal: of the stop reply
     :param stepped: a step was asked for
     :return: the reason, and the address that a watchpoint watches
     """
     if signal != _SIGTRAP:
         return StopReason.SIGNAL, None
-    if breakpoints.is_at(BreakpointKind.HARDWARE, rip) or stepped:
+    watched = breakpoints.watched
+    if watched is not None and cpus.has_hit(watched):
+        return StopReason.WATCHPOINT, watched
+    if breakpoints.is_at(BreakpointKind.HARDWARE, cpus.rip) or stepped:
         return StopReason.TRAP, None
     with contextlib.suppress(MemoryFault):
-        if memory.read(rip - 1, 1) == _INT3:
+        if memory.read(cpus.rip - 1, 1) == _INT3:
             return StopReason.INTERRUPT, None  # kgdb_breakpoint()'s own
-    if breakpoints.watched is not None:
-        return StopReason.WATCHPOINT, breakpoints.watched
     return StopReason.TRAP, None
+
+
+def watch_in_the_way(
+    cpus: KgdbCpus, memory: KgdbMemory, breakpoints: KgdbBreakpoints
+) -> tuple[BreakpointKind, int, int] | None:
+    """The watchpoint that the next instruction of the CPU that stopped will hit, if any.
+
+    It has to be taken out for a step: QEMU's processors without KVM take two exceptions then, one
+    within the other and on the same stack, which is the end of the kernel.
+    """
+    if breakpoints.watch is None:
+        return None
+    kind, address, size_bytes = breakpoints.watch
+    registers = cpus.registers(cpus.stopped)
+    code = memory.read(registers.rip, MAX_INSTRUCTION_BYTES)
+    for access in memory_accesses(code, registers):
+        counts = access.writes or kind is BreakpointKind.WATCH_ACCESS
+        if counts and access.overlaps(address, size_bytes):
+            return breakpoints.watch
+    return None
 
 
 class KgdbStepper:
@@ -67,15 +89,18 @@ class KgdbStepper:
         return stop
 
     def _until_stepped(self, cpu: int) -> Stop:
-        command = b"s"
+        state, cpus = self._cpus.state, self._cpus.numbers
+        command, held = b"s", False
         for _ in range(_STEPS):
-            if self._cpus.state is not None and command == b"s":
-                self._cpus.state.hold_others()
+            if state is not None and command == b"s":
+                held = state.hold_others(cpu, cpus)
             stop = self._go(command)
+            if state is not None and held:
+                state.release_others(cpus)
             if stop.cpu == cpu:
                 return stop
-            # Another CPU had reached a breakpoint of its own before; it will reach it again, and
-            # the one that is stepped ends its step when it is let.
+            # Another CPU came in meanwhile; it will reach its breakpoint again, and the one that
+            # is stepped ends its step when it is let.
             command = b"c"
         raise TargetTimeout(f"CPU {cpu} does not come to the end of its step")
 

@@ -3,31 +3,28 @@
 import errno
 import math
 import time
-from collections.abc import Callable
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError, ProtocolError, TargetLost, TargetTimeout, Unsupported
 from kgdbx.target import stub
 from kgdbx.target.base import (
     DEBUG_REGISTERS,
-    IDLE_S,
     BreakpointKind,
     Capabilities,
     Stop,
     StopReason,
-    Target,
     check_debug_register,
 )
-from kgdbx.target.idle import IdleCalls
 from kgdbx.target.packet import PacketConnection, connect_stream
 from kgdbx.target.ram import GuestRam
+from kgdbx.target.run_loop import RunLoop
 
 __all__ = ("RspTarget", "release_stub")
 
 _ANSWER_S = 5.0
 
 
-class RspTarget(Target):
+class RspTarget(RunLoop):
     """A target over the stub's own socket.
 
     Connecting stops the VM and removes breakpoints that a debugger which died left behind.
@@ -79,10 +76,6 @@ class RspTarget(Target):
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
-
-    @property
-    def running(self) -> bool:
-        return self._running
 
     @property
     def connection(self) -> PacketConnection:
@@ -210,56 +203,14 @@ class RspTarget(Target):
     def forget_stop_request(self) -> None:
         self._connection.forget_wake()
 
-    def run(
-        self,
-        on_stop: Callable[[Stop], bool] | None = None,
-        timeout_s: float | None = None,
-        on_idle: Callable[[], None] | None = None,
-        idle_s: float = IDLE_S,
-    ) -> Stop | None:
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        try:
-            return self._run(on_stop, deadline, IdleCalls(on_idle, idle_s))
-        except TargetLost:
-            self._running = False  # what is asked next fails for the same reason
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            if self._running:
-                self.interrupt()  # so that the way out finds a kernel that stands
-            raise
+    @property
+    def _stop_is_requested(self) -> bool:
+        return self._connection.woken
 
-    def _run(
-        self, on_stop: Callable[[Stop], bool] | None, deadline: float, idle: IdleCalls
-    ) -> Stop | None:
-        while True:
-            self.resume()
-            try:
-                idle.call_if_due()
-            except BaseException:
-                self._break_in(on_stop)
-                raise
-            packet = self._connection.receive_or_wake(_until(min(deadline, idle.due)))
-            if packet is None:
-                if self._connection.woken or time.monotonic() >= deadline:
-                    self._connection.forget_wake()
-                    self._break_in(on_stop)
-                    return None
-            elif not self._settle(packet):
-                stop = self._stopped(packet)
-                self._require_not_exited(stop)
-                if on_stop is None or not on_stop(stop):
-                    return stop
-
-    def _break_in(self, on_stop: Callable[[Stop], bool] | None) -> None:
-        # A breakpoint may have been faster than our break-in: it counts as any other.
-        stop = self.interrupt()
-        self._require_not_exited(stop)
-        if stop.reason is not StopReason.INTERRUPT and on_stop is not None:
-            on_stop(stop)
-
-    def _require_not_exited(self, stop: Stop) -> None:
-        if stop.reason is StopReason.EXITED:
-            raise TargetLost(f"the guest at {self.name} has shut down")
+    def _next_stop(self, until: float) -> Stop | None:
+        left = None if until == math.inf else max(0.0, until - time.monotonic())
+        packet = self._connection.receive_or_wake(left)
+        return None if packet is None or self._settle(packet) else self._stopped(packet)
 
     def _start(self, packet: bytes) -> None:
         queued, self._queued = self._queued, []
@@ -386,8 +337,3 @@ def release_stub(address: str, answer_s: float = _ANSWER_S) -> None:
         ) from e
     finally:
         connection.close()
-
-
-def _until(moment: float) -> float | None:
-    # Seconds until a moment; None if it never comes.
-    return None if moment == math.inf else max(0.0, moment - time.monotonic())

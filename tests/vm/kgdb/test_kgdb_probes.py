@@ -19,7 +19,7 @@ from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.tasks import Task
 
-CALLS = 7
+CALLS, MANY_CALLS = 7, 23
 RUN_S = 100
 
 
@@ -112,16 +112,38 @@ def test_instructions_that_have_to_be_stepped(kgdb_vm: Vm, attached: Session) ->
     assert any(site.stepped for site in session.probes.sites)
 
 
-def test_a_watch_tells_old_and_new(kgdb_vm: Vm, attached: Session) -> None:
-    seen = []
+def test_steps_lose_no_hits_of_another_cpu(kgdb_vm: Vm, attached: Session) -> None:
+    # With a watch armed what writes memory is stepped, and both CPUs come here again and again.
+    attached.register(Watch("panic_timeout", size_bytes=4))
+    for hardware in (False, True):
+        place = Kprobe("__x64_sys_getpgid+5", hardware=hardware)
+        with attached.register(place) as probe:
+            assert run(kgdb_vm, attached, f"caller 2 {MANY_CALLS}").startswith(f"{MANY_CALLS} ")
+            assert [site.stepped for site in attached.probes.sites] == [MANY_CALLS]
+        assert probe.hits == MANY_CALLS
 
-    def written(old: int, new: int, task: Task) -> None:
+
+def test_a_watch_tells_old_and_new(kgdb_vm: Vm, attached: Session) -> None:
+    seen, places = [], set()
+
+    def written(old: int, new: int, task: Task, regs: Registers) -> None:
         seen.append((old, new, task.comm))
+        places.add(regs.ip)
 
     watch = attached.register(Watch("panic_timeout", written, size_bytes=4))
     run(kgdb_vm, attached, "cd /proc/sys/kernel; for n in 2 3 5 7; do echo $n > panic; done")
     minus_one = (1 << 32) - 1  # panic=-1 on the command line
     assert seen == [(minus_one, 2, "sh"), (2, 3, "sh"), (3, 5, "sh"), (5, 7, "sh")]
+    # An instruction that is stepped reaches the watch, too.
+    (behind,) = places
+    function = attached.kernel.function_at(behind)
+    assert function is not None
+    code = attached.kernel.read_code(function.address, function.size_bytes)
+    writes = next(i.ip for i in decode_all(code, function.address) if i.next_ip == behind)
+    probe = attached.register(Kprobe(f"{function.name}+{writes - function.address}"))
+    run(kgdb_vm, attached, "echo 11 > /proc/sys/kernel/panic")
+    assert seen[4:] == [(7, 11, "sh")]
+    assert probe.hits
     with pytest.raises(ProbeError, match="which of several watchpoints"):
         attached.register(Watch("jiffies"))
     watch.unregister()
