@@ -15,7 +15,7 @@ from kgdbx.machine.build_tools import build_environment
 from kgdbx.machine.cache import cache_dir, populate, wait_until
 from kgdbx.machine.kernels import StockKernel
 from kgdbx.machine.packages import Package, download, extract, find_versions
-from kgdbx.machine.progress import Progress, terminal_progress
+from kgdbx.machine.progress import Progress, terminal_count, terminal_progress
 
 __all__ = ("KGDB_KERNEL", "build_kgdb_kernel", "get_kgdb_kernel")
 
@@ -102,8 +102,15 @@ def _make(tree: Path, environment: dict[str, str]) -> None:
             process_group=0,
         ) as process,
     ):
+
+        def ended() -> bool:
+            status = process.poll()
+            done = log.read_bytes().count(b"\n")  # make says a line a file
+            terminal_count("steps of building the kernel", done, ended=status is not None)
+            return status is not None
+
         try:
-            in_time = wait_until(lambda: process.poll() is not None, _BUILD_S, longest_pause_s=0.5)
+            in_time = wait_until(ended, _BUILD_S, longest_pause_s=0.5)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and the compilers

@@ -1,9 +1,9 @@
-"""A progress bar, drawn on a terminal only."""
+"""How far something has come, shown on a terminal only."""
 
 import sys
 from collections.abc import Callable
 
-__all__ = ("Progress", "terminal_progress")
+__all__ = ("Progress", "terminal_count", "terminal_progress")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done and how much there is, in bytes."""
@@ -22,3 +22,14 @@ def terminal_progress(label: str, done_bytes: int, total_bytes: int) -> None:
     if done >= total_bytes:
         sys.stderr.write("\n")
     sys.stderr.flush()
+
+
+def terminal_count(what: str, done: int, *, ended: bool = False) -> None:
+    """Say how much is done of what nobody knows the end of, as :func:`terminal_progress` does.
+
+    :param what: what is counted, such as ``files compiled``
+    :param ended: nothing more comes
+    """
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{done} {what}" + ("\n" if ended else ""))
+        sys.stderr.flush()
