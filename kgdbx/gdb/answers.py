@@ -12,6 +12,7 @@ from kgdbx.commands.context import Context
 from kgdbx.errors import KgdbxError
 from kgdbx.gdb.channel import MARK
 from kgdbx.gdb.variables import Variables
+from kgdbx.target.gdb_inferior import GdbTarget
 from kgdbx.views.evaluate import Evaluator
 from kgdbx.views.histogram import Histogram
 from kgdbx.views.registry import VIEWS
@@ -43,9 +44,9 @@ class Answers:
         :raises CommandError: if no kernel is attached
         """
         if name == "status":
-            return status(self._context.session, _cpu()) if self._context.attached else {}
+            return status(self._context.session, self._cpu) if self._context.attached else {}
         if name == "stop":
-            return stop(self._context.session, _cpu(), **arguments)
+            return stop(self._context.session, self._cpu, **arguments)
         if name == "evaluate":
             return self._evaluation().run(arguments["source"])
         if name == "candidates":
@@ -61,6 +62,12 @@ class Answers:
         if self._context.attached and self._context.session.target.running:
             self._context.session.target.request_stop()
         gdb.execute("interrupt", to_string=True)
+
+    @property
+    def _cpu(self) -> int:
+        target = self._context.session.target
+        assert isinstance(target, GdbTarget)
+        return target.looked_at()
 
     def _histogram(self, probe: str, field: str) -> Any:
         # It counts on from the first time that it was asked for.
@@ -91,9 +98,3 @@ def answer(number: int, name: str, arguments: str = "{}") -> None:
         reply["error"] = str(e)
     answers.out.write(f"{MARK}{json.dumps(reply)}\n")
     answers.out.flush()
-
-
-def _cpu() -> int:
-    # The vCPU that the user looks at: QEMU counts its threads from 1.
-    thread = gdb.selected_thread()
-    return 0 if thread is None else max(0, int(thread.ptid[1]) - 1)

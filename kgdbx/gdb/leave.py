@@ -10,20 +10,27 @@ from kgdbx.gdb.python import python_of_gdb
 
 __all__ = ("leave",)
 
-# Connects when gdb has let go of the stub. Connecting removes every breakpoint of a debugger that
-# is gone, and closing lets the kernel run on.
+# Connects when gdb has let go of the stub, which may take it a moment. Connecting removes every
+# breakpoint of a debugger that is gone, and closing lets the kernel run on.
 # Attaching to a VM of ours puts back what its journal says.
 _RELEASE = """
 import sys
+import time
+from kgdbx.errors import KgdbxError
 from kgdbx.machine.info import list_infos
 from kgdbx.session import Session
 from kgdbx.target.rsp import RspTarget
 where, vmlinux = sys.argv[1:]
-vm = next((i for i in list_infos() if str(i.gdb_socket) == where), None)
-if where.startswith("kgdb:"):
-    Session.connect(where, vmlinux).close()
-else:
-    (RspTarget(where) if vm is None else Session.attach_vm(vm)).close()
+for _ in range(5):
+    try:
+        vm = next((i for i in list_infos() if str(i.gdb_socket) == where), None)
+        if where.startswith("kgdb:"):
+            Session.connect(where, vmlinux).close()
+        else:
+            (RspTarget(where) if vm is None else Session.attach_vm(vm)).close()
+        break
+    except KgdbxError:
+        time.sleep(1)
 """
 
 

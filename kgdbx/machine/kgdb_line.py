@@ -24,7 +24,9 @@ __all__ = ("carry",)
 _INTERRUPT = b"\x03"
 _DETACH = b"+$D#44"
 _CONNECT_S = 5.0
-_BREAK_IN_S = 2.0  # a second break takes back the first, so that is waited for
+# One more would stop the kernel once more, so a break-in is waited for: long on a busy host, and a
+# little also behind a stop, which may be that of a breakpoint that has overtaken it.
+_UNANSWERED_S, _ANSWERED_S = 10.0, 2.0
 _LATE_S = 2.0
 _NO_WAY_IN = (
     "kgdbx: KGDB does not listen while the kernel runs; stop it there: echo g > "
@@ -38,13 +40,14 @@ def carry(line: SerialLine, break_in: BreakIn | None) -> None:
     :param break_in: stops a kernel that runs; None if there is no way
     :raises TargetLost: if the line is gone
     """
-    asked_at = -_LATE_S
+    asked_at, wait_s = -_LATE_S, 0.0
     with contextlib.ExitStack() as way:
         while True:
             ready = select.select([0, line.fileno()], [], [])[0]
             if line.fileno() in ready:
                 os.write(1, line.read(0))
                 way.close()
+                wait_s = _ANSWERED_S
             if 0 in ready:
                 data = os.read(0, 4096)
                 if not data:
@@ -53,10 +56,10 @@ def carry(line: SerialLine, break_in: BreakIn | None) -> None:
                     data = data.replace(_INTERRUPT, b"")
                     if break_in is None:
                         sys.stderr.write(_NO_WAY_IN)
-                    elif time.monotonic() - asked_at > _BREAK_IN_S:
+                    elif time.monotonic() - asked_at > wait_s:
                         way.close()
                         way.enter_context(break_in())
-                        asked_at = time.monotonic()
+                        asked_at, wait_s = time.monotonic(), _UNANSWERED_S
                 line.write(data)
     if time.monotonic() - asked_at < _LATE_S and line.drain(_LATE_S, _LATE_S):
         # A breakpoint was faster than our break-in, which now stops a kernel nobody waits for.

@@ -28,19 +28,28 @@ class KernelSession:
     """A gdb on a kernel.
 
     :param name: what it is called in the prompt
-    :param where: VM, socket or ``host:port``; empty for a gdb without a kernel
+    :param where: VM, socket or ``host:port``, for KGDB behind ``kgdb:``; or a tty; empty for a gdb
+        without a kernel
     :param vmlinux: the kernel's file; a VM of ours knows its own
     :param show: called with text as it comes, and whether it is lines of events
+    :param sysrq: tty of the console over which KGDB's kernel can be stopped
     :ivar status: the last answer of :func:`kgdbx.views.status.status`
     :ivar on_change: called when the state or the status is another
     """
 
     def __init__(
-        self, name: str, where: str, vmlinux: str | None, show: Callable[[str, bool], None]
+        self,
+        name: str,
+        where: str,
+        vmlinux: str | None,
+        show: Callable[[str, bool], None],
+        *,
+        sysrq: str | None = None,
     ) -> None:
         self.name = name
         self.where = where
         self.vmlinux = vmlinux
+        self.sysrq = sysrq
         self.info: VmInfo | None = None
         self.state: State = "detached"
         self.status: dict[str, Any] = {}
@@ -84,14 +93,16 @@ class KernelSession:
         :raises KgdbxError: if that cannot be done; nothing is left of it then
         """
         self.info = None
-        if self.where and "/" not in self.where and ":" not in self.where:
-            self.info = find_vm(self.where).info
+        line = self.where.removeprefix("kgdb:")
+        if line and "/" not in line and ":" not in line:
+            self.info = find_vm(line).info
         argv = gdb_argv(load=True)
         if not self.where and self.vmlinux:
             argv.append(self.vmlinux)
         await self._process.start(argv, {"CLICOLOR_FORCE": "1" if self.colour else "0"})
         if self.where:
             words = [self.where, *([self.vmlinux] if self.vmlinux else [])]
+            words += ["--sysrq", self.sysrq] if self.sysrq else []
             reply = await self._console(f"kgdbx attach {shlex.join(words)}")
             if reply.error:
                 await self._process.end()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
+from kgdbx.commands.program.probe import LINE_ARGUMENTS, where_of
 from kgdbx.commands.registry import argument
 from kgdbx.errors import CommandError, KgdbxError
 
@@ -19,6 +20,7 @@ With -c, or if the standard input is no terminal, it runs commands until one fai
 runs after the last one does so until it stops. The exit status is 1 if a command failed.
 
   kgdbx shell --vm a -c 'kprobe vfs_read count $comm' -c continue -c 'wait 3' -c 'kgdbx list'
+  kgdbx shell --vm k --kgdb
 """,
     arguments=(
         argument(
@@ -29,7 +31,7 @@ runs after the last one does so until it stops. The exit status is 1 if a comman
             help="a VM of 'kgdbx vm list'; several times for several sessions",
             completes="vm",
         ),
-        argument("--connect", metavar="ADDRESS", help="a stub: path of a socket, or host:port"),
+        *LINE_ARGUMENTS,
         argument("vmlinux", nargs="?", help="the kernel's debug symbols, with --connect"),
         argument(
             "-c", "--command", action="append", metavar="COMMAND", help="run it; several times"
@@ -77,9 +79,10 @@ async def _open_all(shell: "object", args: argparse.Namespace) -> None:
 
     assert isinstance(shell, Shell)
     for name in args.vm:
-        await shell.open(name)
+        await shell.open(where_of(name, kgdb=args.kgdb))
     if args.connect:
-        await shell.open(args.connect, args.vmlinux)
+        where = where_of(args.connect, kgdb=args.kgdb)
+        await shell.open(where, args.vmlinux, sysrq=args.sysrq)
     if not shell.sessions:
         try:
             await shell.open("", args.vmlinux)

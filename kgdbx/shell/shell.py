@@ -48,19 +48,27 @@ class Shell:
     # Sessions
 
     async def open(
-        self, where: str = "", vmlinux: str | None = None, name: str = ""
+        self,
+        where: str = "",
+        vmlinux: str | None = None,
+        name: str = "",
+        *,
+        sysrq: str | None = None,
     ) -> KernelSession:
         """Open a session, and make it the current one.
 
-        :param where: VM, socket or ``host:port``; empty for a gdb without a kernel
+        :param where: VM, socket or ``host:port``, for KGDB behind ``kgdb:``; or a tty; empty for
+            a gdb without a kernel
+        :param sysrq: tty of the console over which KGDB's kernel can be stopped
         :raises KgdbxError: if that cannot be done
         """
-        name = self._free_name(name or where.rpartition("/")[2] or "gdb")
+        base = name or where.removeprefix("kgdb:").rpartition("/")[2] or "gdb"
+        name = self._free_name(base)
 
         def show(text: str, events: bool) -> None:
             self.write(text, session=session, events=events)
 
-        session = KernelSession(name, where, vmlinux, show)
+        session = KernelSession(name, where, vmlinux, show, sysrq=sysrq)
         session.colour = bool(self.style.bold)
         await session.open()
         session.on_change = self.on_change

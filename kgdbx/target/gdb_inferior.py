@@ -154,6 +154,10 @@ class GdbTarget(Target):
     def cpus(self) -> tuple[int, ...]:
         return tuple(sorted(self._threads()))
 
+    def looked_at(self) -> int:
+        """CPU number of the thread that gdb's user has selected."""
+        return self._selected_cpu() if gdb.selected_thread() is not None else 0
+
     # Memory
 
     def read_memory(self, address: int, size_bytes: int, *, cpu: int | None = None) -> bytes:

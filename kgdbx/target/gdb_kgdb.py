@@ -24,6 +24,7 @@ from kgdbx.target.kgdb_debug_registers import KgdbDebugRegisters
 from kgdbx.target.kgdb_memory import KgdbMemory
 from kgdbx.target.kgdb_state import KgdbSymbols
 from kgdbx.target.kgdb_stops import KgdbStepper, reason_of_stop, watch_in_the_way
+from kgdbx.target.kgdb_threads import cpu_of_shadow
 
 __all__ = ("GdbKgdbTarget", "is_kgdb")
 
@@ -97,6 +98,14 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
                     self._pc = value
         if registers.changed:
             self._forget_registers()
+
+    def looked_at(self) -> int:
+        """CPU number of the thread that gdb's user has selected; of a task, that stopped last."""
+        thread = gdb.selected_thread()
+        shadow = None if thread is None else cpu_of_shadow(int(thread.ptid[1]))
+        if shadow is not None:
+            return shadow
+        return self._cpus.stopped if thread is None or self.running else self._selected_cpu()
 
     # Breakpoints
 

@@ -21,7 +21,7 @@ __all__ = ("KgdbRunControl",)
 
 _SOFTWARE = BreakpointKind.SOFTWARE
 _BY_EITHER = (StopReason.TRAP, StopReason.WATCHPOINT)  # int3, or a debug exception
-_BREAK_IN_S = 2.0
+_BREAK_IN_S = 5.0
 _BREAK_IN_TRIES = 4
 
 
@@ -122,16 +122,17 @@ class KgdbRunControl(RunLoop):
         # A second break takes back the first (uart_handle_break() in the kernel), so one that is
         # under way is waited for, and only then is another one sent.
         deadline = time.monotonic() + _BREAK_IN_TRIES * self._answer_s
-        packet = None
+        packet, asked = None, 0
         while packet is None:
             if time.monotonic() >= deadline:
                 raise TargetTimeout(f"the kernel at {self.name} does not stop when it is asked to")
+            asked += not self._breaks_under_way
             with contextlib.nullcontext() if self._breaks_under_way else self._break_in_way():
                 self._breaks_under_way = True
                 packet = self._receive_stop(_BREAK_IN_S)
             self._breaks_under_way = packet is not None
         if self._stopped(packet, resumed_by=b"c").reason is StopReason.INTERRUPT:
-            self._breaks_under_way = False
+            self._breaks_under_way = asked > 1  # the others come late
 
     def _start(self, command: bytes) -> None:
         if self._cpus.moved is not None and self._cpus.moved != self._cpus.rip:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.machine.vm import Vm
@@ -51,6 +52,28 @@ def test_counts_and_a_transcript_that_does_it_again(vm: Vm, tmp_path: Path) -> N
     typed = [line for line in log.read_text().splitlines() if not line.startswith("#")]
     assert [line for line in typed if not line.startswith("wait ")] == list(lines)
     assert vm.execute("caller 1 7").output.startswith("7 ")  # unpatched, and running
+
+
+def test_over_kgdb(clone_of: Callable[..., Vm]) -> None:
+    vm = clone_of("kgdb", 2)
+    lines = (
+        f'kprobe {FUNCTION} $comm if $comm ~ "caller*"',
+        "continue",
+        "guest caller 2 23",
+        "interrupt",
+        "sessions",
+        "stop",
+        "tasks",
+    )
+    done = run("--vm", vm.name, "--kgdb", *commands(*lines))
+    assert done.returncode == 0, done.stdout
+    assert len(EVENT.findall(done.stdout)) == 23, done.stdout
+    assert re.search(rf"1  {vm.name} +stopped +kgdb_\S+ +1 +23 +kgdb:{vm.name}", done.stdout), (
+        done.stdout
+    )
+    assert re.search("#[0-9]+ +__handle_sysrq", done.stdout)
+    assert re.search("kthreadd", done.stdout)
+    assert vm.execute("caller 1 7", timeout_s=60).output.startswith("7 ")
 
 
 def test_without_a_kernel() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kgdbx.commands.program import PROGRAM_COMMANDS
-from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
+from kgdbx.commands.program.probe import TARGET_ARGUMENTS, is_over_kgdb, open_session
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.leaks import (
     all_registers,
@@ -174,12 +174,15 @@ def _open(args: argparse.Namespace) -> Session:
         if not args.vmlinux or args.vm or args.connect:
             raise CommandError("--core FILE needs --vmlinux FILE, and no other kernel")
         return Session.open_core(Path(args.core), Path(args.vmlinux).expanduser())
+    if is_over_kgdb(args):
+        raise Unsupported(
+            "a scan reads all of the kernel's memory, two days for each GiB over a serial line; "
+            "scan a VM of ours without --kgdb, or a core file: --vm or --core"
+        )
     session = open_session(args)
     if session.ram is None:
         session.close()
-        raise Unsupported(
-            "this needs the memory of a VM of ours, without --kgdb, or a core file: --vm or --core"
-        )
+        raise Unsupported("this needs the memory of a VM of ours, or a core file: --vm or --core")
     return session
 
 

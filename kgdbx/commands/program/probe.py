@@ -15,16 +15,24 @@ from kgdbx.machine.vm import find_vm
 from kgdbx.probes.probe import HandlerFault, Probe
 from kgdbx.render import pick_style
 from kgdbx.session import Refused, Session
+from kgdbx.target.serial_line import is_tty
 from kgdbx.trace.json_lines import JsonLinesSink, json_line
 from kgdbx.trace.map_text import map_json, map_text
 from kgdbx.trace.sink import Sink
 from kgdbx.trace.streams import Outputs
 from kgdbx.trace.text import TextSink
 
-__all__ = ("END_ARGUMENTS", "TARGET_ARGUMENTS", "open_session", "run_session")
+__all__ = (
+    "END_ARGUMENTS",
+    "LINE_ARGUMENTS",
+    "TARGET_ARGUMENTS",
+    "is_over_kgdb",
+    "open_session",
+    "run_session",
+    "where_of",
+)
 
-TARGET_ARGUMENTS = (
-    argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),
+LINE_ARGUMENTS = (
     argument(
         "--connect",
         metavar="ADDRESS",
@@ -40,6 +48,12 @@ TARGET_ARGUMENTS = (
         metavar="LINE",
         help="serial console of KGDB's kernel, to stop it there: /dev/ttyS1[,115200]",
     ),
+)
+"""Options that say by which line, if not a VM's own."""
+
+TARGET_ARGUMENTS = (
+    argument("--vm", metavar="NAME", help="a VM of 'kgdbx vm list'", completes="vm"),
+    *LINE_ARGUMENTS,
     argument("--vmlinux", metavar="FILE", help="the kernel's debug symbols, with --connect"),
 )
 """Options that say which kernel."""
@@ -61,12 +75,25 @@ def open_session(args: argparse.Namespace) -> Session:
         raise CommandError("--exec needs a VM of ours: --vm NAME")
     if bool(args.vm) == bool(args.connect):
         raise CommandError("name a kernel: --vm NAME, or --connect ADDRESS --vmlinux FILE")
-    where = args.vm or args.connect
-    where = f"kgdb:{where}" if args.kgdb and not where.startswith("kgdb:") else where
+    where = where_of(args.vm or args.connect, kgdb=args.kgdb)
     session = Session.connect(where, args.vmlinux, sysrq=args.sysrq)
     if session.recovery is not None:
         print(f"kgdbx: {session.recovery.text}", file=sys.stderr)
     return session
+
+
+def is_over_kgdb(args: argparse.Namespace) -> bool:
+    """Whether the options name a kernel behind KGDB."""
+    where = args.connect or ""
+    return bool(args.kgdb) or where.startswith("kgdb:") or (bool(where) and is_tty(where))
+
+
+def where_of(where: str, *, kgdb: bool) -> str:
+    """What :meth:`~kgdbx.session.Session.connect` takes for a VM or a line.
+
+    :param kgdb: over KGDB
+    """
+    return f"kgdb:{where.removeprefix('kgdb:')}" if kgdb else where
 
 
 def run_session(session: Session, args: argparse.Namespace) -> int:

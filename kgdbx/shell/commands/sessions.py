@@ -15,15 +15,16 @@ _WHICH = argument("which", nargs="?", help="number or name", completes="session"
 
 @SHELL_COMMANDS.command(
     name="open",
-    summary="Open a session on a VM, a stub's socket, or host:port.",
+    summary="Open a session on a VM, a stub's socket, or host:port; over KGDB behind 'kgdb:'.",
     arguments=(
         argument("where", nargs="?", default="", help="left out: gdb alone", completes="vm"),
         argument("vmlinux", nargs="?", help="the kernel's debug symbols", completes="file"),
         argument("--name", default="", help="what the prompt calls it"),
+        argument("--sysrq", metavar="LINE", help="serial console of KGDB's kernel"),
     ),
 )
 async def open_(shell: "Shell", args: argparse.Namespace) -> None:
-    await shell.open(args.where, args.vmlinux, args.name)
+    await shell.open(args.where, args.vmlinux, args.name, sysrq=args.sysrq)
 
 
 @SHELL_COMMANDS.command(
