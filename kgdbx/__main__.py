@@ -11,13 +11,12 @@ def main() -> int:
 
     :return: exit status
     """
-    # What is imported takes a second on a busy machine; ^C ends that without a traceback.
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:
+    # What is imported takes a second on a busy machine; ^C ends that without a traceback. The
+    # command that is run has a handler of its own.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import kgdbx.cli
 
-    signal.signal(signal.SIGINT, handler)
     return kgdbx.cli.main()
 
 

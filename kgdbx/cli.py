@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)  # so that sessions are closed and VMs are stopped
+    at_interrupt = signal.getsignal(signal.SIGINT)
     try:
+        if at_interrupt is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return args.run(sys.stdout, args) or 0
     except (CommandError, ProbeError, Refused) as e:
         return _fail(e, 2)
@@ -54,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(e, 3)
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGINT, at_interrupt)
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:

@@ -10,9 +10,12 @@ from typing import Protocol
 from kgdbx.probes.event_queue import EventQueue
 from kgdbx.target.base import Target
 
-__all__ = ("GuestCommand", "stop_at_end", "stop_on_signals")
+__all__ = ("GuestCommand", "raise_interrupt", "stop_at_end", "stop_on_signals")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What drgn calls: an exception that it takes for memory that is not there would be lost.
+_WHOLE = "kgdbx.symbols.program"
+_RETRY_S = 0.005
 
 
 class GuestCommand(Protocol):
@@ -20,6 +23,21 @@ class GuestCommand(Protocol):
 
     def poll(self) -> int | None:
         """Its exit status, or None while it runs."""
+
+
+def raise_interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handler of ``^C`` where no kernel runs: as Python's own, but not while drgn reads memory.
+
+    :raises KeyboardInterrupt: when drgn is through
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _WHOLE:
+            again = threading.Timer(_RETRY_S, signal.raise_signal, (signum,))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """probe: definitions and probe scripts against a VM or a stub, without gdb."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +11,7 @@ from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.listing import probe_table
 from kgdbx.commands.session.probe import describe
+from kgdbx.endings import raise_interrupt
 from kgdbx.errors import CommandError
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.probe import HandlerFault, Probe
@@ -76,6 +78,8 @@ def open_session(args: argparse.Namespace) -> Session:
     if bool(args.vm) == bool(args.connect):
         raise CommandError("name a kernel: --vm NAME, or --connect ADDRESS --vmlinux FILE")
     where = where_of(args.vm or args.connect, kgdb=args.kgdb)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, raise_interrupt)
     session = Session.connect(where, args.vmlinux, sysrq=args.sysrq)
     if session.recovery is not None:
         print(f"kgdbx: {session.recovery.text}", file=sys.stderr)
