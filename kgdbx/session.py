@@ -35,6 +35,7 @@ from kgdbx.resident.recover import Recovery
 from kgdbx.resident.stop_clock import StopClock
 from kgdbx.resident.tier import ResidentTier
 from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe
+from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.kgdb import kgdb_ram, kgdb_symbols
 from kgdbx.target.base import Stop, Target
@@ -56,7 +57,7 @@ _NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
 _GLOB_LIMIT = 500
 _DRAIN_S = 0.25
 _SLICE_S = 0.01
-_HOLD_S = 1.0
+_HOLD_S = 10.0
 
 
 class Refused(KgdbxError):
@@ -115,6 +116,7 @@ class Session:
         self.resident = ResidentTier(
             kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
         )
+        self.probes.placing = self.resident.engine.batch
         self.probes.clock_ns = StopClock(
             kernel, self.resident.engine, self.resident.reader, lambda: self._events.latest_ns
         ).ns
@@ -416,13 +418,19 @@ class Session:
         return placed
 
     def function_names(self, module: str | None = None) -> Iterator[str]:
-        """Names of all functions, for completion and patterns."""
+        """Names of all functions, for completion and patterns.
+
+        :param module: of a module, also of one that is not loaded if its debug file is there
+        """
         if module is None:
             yield from self.kernel.vmlinux.function_names
             return
-        loaded = self.kernel.modules.find(module)
+        modules = self.kernel.modules
+        loaded = modules.find(module)
         if loaded is not None:
-            yield from sorted(s.name for s in self.kernel.modules.symbols(loaded) if s.is_function)
+            yield from sorted(s.name for s in modules.symbols(loaded) if s.is_function)
+        elif path := modules.debug_file(module):
+            yield from sorted(set(ElfSymbols(path).function_names))
 
     def parameter_names(self, place: str) -> tuple[str, ...]:
         """Names of the parameters of the function at a place, for completion."""

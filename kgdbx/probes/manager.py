@@ -3,6 +3,7 @@
 import errno
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from kgdbx.errors import KgdbxError, ProbeError, TargetError, TargetLost
 from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance, ReturnTable
@@ -29,6 +30,7 @@ class ProbeManager:
     handler; they are removed when no handler runs (a debugger that deletes a breakpoint while it
     reports a hit of it crashes).
 
+    :ivar placing: entered while several probes are placed that waited for a module
     :ivar clock_ns: tells when a hit with a time stamp happened, or one whose time stamp is not
         known; by default by the host's clock, since the manager was made
     :param handler_limit_s: seconds after which a handler is interrupted; None for no limit
@@ -55,6 +57,7 @@ class ProbeManager:
         self._busy: list[Site] = []  # hit often enough to be worth a doorbell
         self._promoting = False
         self._must_stand = False
+        self.placing: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __iter__(self) -> Iterator[Probe]:
         """The registered probes, in the order of their registration."""
@@ -418,15 +421,28 @@ class ProbeManager:
         """Place the probes that wait for a module. Its code has not run yet."""
         for listener in tuple(self.loading_listeners):
             listener(module)
-        for probe in tuple(self._probes):
-            if probe.state not in (State.PENDING, State.GONE):
-                continue
-            place = parse_place(probe.where)
-            if place.module is None or place.module.replace("-", "_") != module.name:
-                continue
+        waiting = [probe for probe in self._probes if _waits_for(probe, module)]
+        try:
+            with self.placing():
+                self._place_waiting(waiting, module)
+        except TargetLost:
+            raise
+        except KgdbxError:
+            # All at once they do not fit: one by one, as many as do.
+            for probe in waiting:
+                if probe.state is State.ENABLED:
+                    self._withdraw(probe)
+                    probe.state = State.GONE
+            self._place_waiting(waiting, module)
+
+    def _place_waiting(self, waiting: list[Probe], module: LoadedModule) -> None:
+        for probe in waiting:
             try:
                 points, probe.notes = resolve_points(
-                    self.kernel, place, module=module, inlined=probe.inlined_copies
+                    self.kernel,
+                    parse_place(probe.where),
+                    module=module,
+                    inlined=probe.inlined_copies,
                 )
                 probe.points = points or ()
                 self._attach(probe)
@@ -460,3 +476,10 @@ class ProbeManager:
                 site.watches_returns = False
                 self._idle_returns.pop(address, None)
                 self._retire_if_unused(site)
+
+
+def _waits_for(probe: Probe, module: LoadedModule) -> bool:
+    if probe.state not in (State.PENDING, State.GONE):
+        return False
+    name = parse_place(probe.where).module
+    return name is not None and name.replace("-", "_") == module.name

@@ -172,8 +172,13 @@ class Engine:
     def batch(self) -> Iterator[None]:
         """Place all that is installed meanwhile at the end, at once: much faster than one by one.
 
+        Within another batch, at the end of that.
+
         :raises ProbeError: if one cannot be placed; nothing is changed then
         """
+        if self._batch is not None:
+            yield
+            return
         self._batch = []
         try:
             yield

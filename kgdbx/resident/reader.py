@@ -63,6 +63,8 @@ class EventReader:
     :param drain: gives the whole records of all rings
     :param in_flight: whether one was being written meanwhile: its time stamp may be older than
         those of others that are whole
+    :ivar layout_listeners: called with the description of records before the first of them, as a
+        probe is placed
     :ivar batch_listeners: called with each batch as it comes out of a ring, before its events
     :ivar makes_events: whether :meth:`read` gives any; without, records cost nothing each
     :ivar latest_tsc: the largest time stamp that came out of a ring
@@ -81,6 +83,7 @@ class EventReader:
         self._held: list[tuple[int, int, bytes]] = []
         self._ready: collections.deque[bytes] = collections.deque()
         self._symbols: dict[int, str] = {}
+        self.layout_listeners: list[Callable[[ProbeLayout], None]] = []
         self.batch_listeners: list[Callable[[Batch], None]] = []
         self.makes_events = True
         self.latest_tsc = 0
@@ -93,6 +96,8 @@ class EventReader:
     def add(self, number: int, recorded: Recorded) -> None:
         """Know the records with a number. They are known for good: they may still be held."""
         self._known[number] = recorded
+        for listener in self.layout_listeners:
+            listener(recorded.layout(number))
 
     def read(self, clock: Clock, *, final: bool = False) -> Iterator[Event]:
         """Events that happened before all that are still to come.

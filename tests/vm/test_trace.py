@@ -214,6 +214,20 @@ def test_a_buffer_that_is_too_small(vm: Vm, tmp_path: Path) -> None:
     assert is_unpatched(vm)
 
 
+def test_a_module_that_is_not_loaded_yet(clone_of: Callable[..., Vm], tmp_path: Path) -> None:
+    vm = clone_of("6.1", 2, modules=("dummy",))
+    raw = tmp_path / "raw"
+    come_and_go = "for n in 1 2 3; do modprobe dummy; rmmod dummy; done"
+    done = trace("--vm", vm.name, "dummy:dummy_*_module", "--raw", str(raw), "-e", come_and_go)
+    assert done.returncode == 0, done.stderr
+    assert "2 functions, 6 hits, 0 events lost" in done.stderr
+    with Recording(raw) as recording:
+        items = list(recording.items())
+    called = [item.where.partition("+")[0] for item in items if not isinstance(item, Lost)]
+    assert called == ["dummy_init_module", "dummy_cleanup_module"] * 3
+    assert is_unpatched(vm)
+
+
 def test_last_events_before_a_panic(clone_of: Callable[..., Vm]) -> None:
     vm = clone_of("6.1", 2, append="panic=0")
     crash = f"opener 2 {CALLS}; echo c > /proc/sysrq-trigger"

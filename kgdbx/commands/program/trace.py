@@ -213,6 +213,8 @@ def _open_outputs(
     reader.makes_events = bool(sinks) or args.count is not None
     outputs = Outputs(sinks, records, engine.lost, args.count)
     outputs.describe(reader.layouts())
+    # Functions of a module that is loaded later, or again.
+    reader.layout_listeners.append(lambda layout: outputs.describe([layout]))
     for fifo in fifos:
         print(f"kgdbx: records are at {fifo.path}", file=sys.stderr)
     if args.wait:
