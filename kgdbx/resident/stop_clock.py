@@ -11,13 +11,18 @@ from kgdbx.symbols.timekeeping import LastTick
 
 __all__ = ("StopClock",)
 
+# Where the guest's clock is not the counter: how far the line of time stamps may be before it.
+_UNSURE_NS = 1_000_000
+_RATE_PARTS = 10_000
+
 
 class StopClock:
     """The guest's monotonic clock at a stop.
 
     A hit that rang for the host brings its time stamp. Of others it is known that they came after
-    the guest's last timer tick, after what was recorded so far, and after the hit before: the
-    last of these moments is taken for theirs. So events are in order, whichever tier they are of.
+    the guest's last timer tick (an idle guest has none), after what was recorded so far, and after
+    the hit before: the last of these moments is taken for theirs. So events are in order, whichever
+    tier they are of.
 
     :param reader: of the records made in the guest
     :param handed_out: time of the last event that was shown
@@ -55,6 +60,8 @@ class StopClock:
             # By the same line as the records, and not before those that are there.
             if cycles is not None:
                 ns = clock.ns(cycles)
+            else:
+                ns -= _UNSURE_NS + abs(ns - clock.ns_base) // _RATE_PARTS
             ns = max(ns, clock.ns(self._reader.latest_tsc))
         self._latest = max(self._latest, self._handed_out(), ns)
         return self._latest
