@@ -85,11 +85,17 @@ def test_command(vm: Vm) -> None:
     assert counts == sorted(counts)
     assert "2 functions" in done.stderr and "0 events lost" in done.stderr
     done = subprocess.run(
-        [*argv[:-2], "-o", "json"], capture_output=True, text=True, timeout=100, check=False
+        [*argv[:-2], "--agg", "@c[$comm] = count()", "-o", "json"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
-    schema, found = map(json.loads, done.stdout.splitlines())
+    schema, found, by_task = map(json.loads, done.stdout.splitlines())
     assert schema == {"schema": "kgdbx.map.1"}
     assert {"key": [FUNCTION], "value": CALLS} in found["rows"]
+    callers = [row["value"] for row in by_task["rows"] if row["key"][0].startswith("caller-")]
+    assert sum(callers) == CALLS
     done = subprocess.run(
         [*argv, "-n", "3"], capture_output=True, text=True, timeout=60, check=False
     )

@@ -82,7 +82,13 @@ of events that were lost to the standard error output.
         argument(
             "--filter", default="", metavar="EXPR", help="record only calls that this is true of"
         ),
-        argument("--agg", metavar="MAP", help="sum up in place of recording, see above"),
+        argument(
+            "--agg",
+            action="append",
+            default=[],
+            metavar="MAP",
+            help="sum up in place of recording, see above; more than once if need be",
+        ),
         argument("--interval", type=float, metavar="S", help="print the sums every S seconds, too"),
         argument("-r", "--return", dest="returns", action="store_true", help="results, durations"),
         *END_ARGUMENTS,
@@ -150,13 +156,19 @@ def _sum_up(out: TextIO, args: argparse.Namespace) -> int:
 
 def _place(session: Session, args: argparse.Namespace) -> list[Probe]:
     fields = " ".join(args.fields)
-    wanted = definitions(
-        args.functions,
-        session.function_names,
-        fields=args.agg or fields or ("$retval" if args.returns else ""),
-        condition=args.filter,
-        returns=args.returns,
-    )
+    wanted: list[ProbeDefinition] = []
+    for number, each in enumerate(args.agg or [fields or ("$retval" if args.returns else "")]):
+        found = definitions(
+            args.functions,
+            session.function_names,
+            fields=each,
+            condition=args.filter,
+            returns=args.returns,
+        )
+        # A probe for each map: no name twice.
+        wanted += (
+            dataclasses.replace(d, name=f"{d.name}_{number}") if number else d for d in found
+        )
     if args.returns and not fields and not args.agg:
         wanted = [_without_result(session.kernel, each) for each in wanted]
     patterns = any(map(is_pattern, args.functions))
@@ -269,7 +281,8 @@ def _summarize(args: argparse.Namespace, probes: list[Probe], lost: int) -> None
         print(probe_table(shown, pick_style(sys.stderr, args.color)), file=sys.stderr)
     hits = sum(p.hits for p in probes)
     missed = sum(p.nmissed for p in probes)
-    text = f"kgdbx: {len(probes)} functions, {hits:,} hits, {lost:,} events lost"
+    functions = {probe.where for probe in probes}
+    text = f"kgdbx: {len(functions)} functions, {hits:,} hits, {lost:,} events lost"
     print(text + (f", {missed:,} calls missed" if missed else ""), file=sys.stderr)
 
 
