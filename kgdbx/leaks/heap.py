@@ -4,7 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kgdbx.errors import KgdbxError
-from kgdbx.leaks.blocks import Heap
+from kgdbx.leaks.blocks import NO_SCAN, Heap
+from kgdbx.leaks.kmemleak import kmemleak_nodes
 from kgdbx.leaks.layout import Layout, read_layout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U8, U64, BulkMemory, PhysicalMemory
 from kgdbx.leaks.pages import PageKind, PageTable, find_page_blocks, read_pages
@@ -45,6 +46,7 @@ def read_heap(kernel: Kernel, ram: PhysicalMemory) -> Heap:
     heap = _number(
         kernel, memory, layout, pages, slabs, areas, percpu, slab_first, flags, area_cache
     )
+    heap.node_flags[kmemleak_nodes(heap)] |= NO_SCAN
     heap.errors += [*pages.errors, *slabs.errors, *areas.errors, *percpu.errors]
     return heap
 

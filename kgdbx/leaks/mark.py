@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import MachineError
 from kgdbx.leaks.blocks import NO_SCAN, VM_STRUCT, Heap
+from kgdbx.leaks.kmemleak import waiting_behind_kmemleak
 from kgdbx.leaks.memory import I64, U8
 from kgdbx.leaks.native import load_native, pointer
 from kgdbx.leaks.roots import stack_nodes
@@ -34,6 +35,8 @@ def find_reached(heap: Heap, registers: Sequence[Registers] | None) -> U8:
     edges = _Edges(heap)
     edges.seeds[own] = 1
     edges.seeds[stack_nodes(heap)] = 1
+    waiting = (heap.node_of(word) for word in waiting_behind_kmemleak(heap).tolist())
+    edges.seeds[[node for node in waiting if node is not None]] = 1
     _add_area_bookkeeping(heap, edges)
     for piece in used_memory(heap, registers):
         edges.add(piece)

@@ -7,6 +7,7 @@ import numpy as np
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
 from kgdbx.leaks.blocks import Heap
+from kgdbx.leaks.kmemleak import blank_kmemleak_pool
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64
 from kgdbx.leaks.pages import PageKind
 from kgdbx.leaks.roots import NONE, ROOT, percpu_sources, root_frames, stack_sources
@@ -56,7 +57,7 @@ def used_memory(heap: Heap, registers: Sequence[Registers] | None) -> Iterator[P
     """Read all memory in use, some MiB at a time.
 
     Free pages, the page cache and the memory of processes are not read, nor what lies below the
-    stack pointers.
+    stack pointers, nor kmemleak's records.
 
     :param registers: of all vCPUs; None if they are not known
     """
@@ -66,6 +67,7 @@ def used_memory(heap: Heap, registers: Sequence[Registers] | None) -> Iterator[P
     for pfns, words in heap.memory.frame_chunks(root_frames(heap)):
         sources = np.full(len(pfns), ROOT, np.int64)
         addresses = heap.memory.frame_addresses(pfns)
+        blank_kmemleak_pool(heap.kernel, words, addresses)
         yield Piece("variable", words.ravel(), _FRAME_WORDS, sources, addresses)
     words, sources, addresses = percpu_sources(heap, registers)
     if len(words):

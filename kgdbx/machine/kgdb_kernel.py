@@ -12,20 +12,31 @@ from pathlib import Path
 
 from kgdbx.errors import MachineError
 from kgdbx.machine.build_tools import build_environment
+from kgdbx.machine.build_tree import keep_build_tree
 from kgdbx.machine.cache import cache_dir, populate, wait_until
-from kgdbx.machine.kernels import StockKernel
+from kgdbx.machine.kernels import StockKernel, fetch_kernel
 from kgdbx.machine.packages import Package, download, extract, find_versions
 from kgdbx.machine.progress import Progress, terminal_count, terminal_progress
 
-__all__ = ("KGDB_KERNEL", "build_kgdb_kernel", "get_kgdb_kernel")
+__all__ = ("KGDB_KERNEL", "build_kgdb_kernel", "get_kernel", "get_kgdb_kernel", "kgdb_build_tree")
 
 KGDB_KERNEL = "kgdb"
 """What the kernel is called among those of ``kgdbx vm run --kernel``."""
 
 _SOURCE = "linux-source-6.1"
 _CONFIG = Path(__file__).resolve().parents[2] / "vm" / "kgdb.config"
-_RECIPE = "1"  # counts changes of how it is built
+_RECIPE = "2"  # counts changes of how it is built
 _BUILD_S = 3600.0
+_BUILD_TREE = "build"
+
+
+def get_kernel(name: str, progress: Progress = terminal_progress) -> StockKernel:
+    """A stock kernel or the KGDB kernel, fetched or built if it is not here.
+
+    :param name: name of a flavour, such as ``6.1``, or :data:`KGDB_KERNEL`
+    :raises MachineError: if there is no such kernel, or it cannot be had
+    """
+    return get_kgdb_kernel(progress) if name == KGDB_KERNEL else fetch_kernel(name, progress)
 
 
 def get_kgdb_kernel(progress: Progress = terminal_progress) -> StockKernel:
@@ -47,18 +58,28 @@ def build_kgdb_kernel(progress: Progress = terminal_progress) -> StockKernel:
     return _kernel(populate(directory, lambda path: _fill(path, source, progress)))
 
 
+def kgdb_build_tree(kernel: StockKernel) -> Path:
+    """The directory to build modules of a KGDB kernel in."""
+    return kernel.vmlinux.parent / _BUILD_TREE
+
+
 def _fill(path: Path, source: Package, progress: Progress) -> None:
     environment = build_environment(progress)
     with tempfile.TemporaryDirectory(prefix="kernel.", dir=cache_dir()) as scratch:
         tree = _unpack(source, Path(scratch), environment, progress)
         _configure(tree, environment)
         _make(tree, environment)
-        release = (tree / "include/config/kernel.release").read_text().strip()
-        (path / "modules").mkdir()
-        shutil.move(tree / "arch/x86/boot/bzImage", path / "vmlinuz")
-        for name in ("vmlinux", ".config"):
-            shutil.move(tree / name, path / name.lstrip("."))
-    record = {"release": release, "version": source.version}
+        _keep(tree, path, source.version)
+
+
+def _keep(tree: Path, path: Path, version: str) -> None:
+    release = (tree / "include/config/kernel.release").read_text().strip()
+    (path / "modules").mkdir()
+    keep_build_tree(tree, path / _BUILD_TREE)
+    shutil.move(tree / "arch/x86/boot/bzImage", path / "vmlinuz")
+    for name in ("vmlinux", ".config"):
+        shutil.move(tree / name, path / name.lstrip("."))
+    record = {"release": release, "version": version}
     (path / "kernel.json").write_text(json.dumps(record))
 
 
@@ -93,7 +114,7 @@ def _make(tree: Path, environment: dict[str, str]) -> None:
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            ["make", f"-j{jobs}", "bzImage"],
+            ["make", f"-j{jobs}", "bzImage", "modules"],
             cwd=tree,
             env=environment,
             stdin=subprocess.DEVNULL,

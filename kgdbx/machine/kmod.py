@@ -1,4 +1,4 @@
-"""Test modules: one C file each, built for a stock kernel with Debian's headers of that kernel."""
+"""Test modules: one C file each, built with a stock kernel's headers, or what a build here left."""
 
 import hashlib
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kgdbx.errors import MachineError
 from kgdbx.machine.cache import cache_dir, populate
-from kgdbx.machine.kernels import StockKernel, fetch_kernel
+from kgdbx.machine.kernels import StockKernel
+from kgdbx.machine.kgdb_kernel import KGDB_KERNEL, get_kernel, kgdb_build_tree
 from kgdbx.machine.packages import Package, download, extract, find_versions
 from kgdbx.machine.progress import Progress, terminal_progress
 
@@ -30,7 +31,7 @@ def build_kmod(
 ) -> Path:
     """Build a module from one C file, once per content and kernel.
 
-    :param kernel: a kernel or the name of its flavour, such as ``6.1``
+    :param kernel: a kernel or the name of its flavour, such as ``6.1``, or ``kgdb``
     :param source: a C file, or the name of one in ``vm/kmod`` without ``.c``
     :return: the ``.ko`` with its debug information; ``files={"/NAME.ko": path}`` of
         :func:`~kgdbx.machine.vm.configure` puts it into a guest, and
@@ -38,15 +39,18 @@ def build_kmod(
     :raises MachineError: if there is no such file, the compiler refuses it, or the kernel's
         headers cannot be had
     """
-    kernel = fetch_kernel(kernel) if isinstance(kernel, str) else kernel
+    kernel = get_kernel(kernel, progress) if isinstance(kernel, str) else kernel
     path = source if isinstance(source, Path) else KMOD_DIRECTORY / f"{source}.c"
     try:
         text = path.read_bytes()
     except OSError as e:
         raise MachineError(f"cannot read the module's source {path}: {e.strerror}") from e
-    key = hashlib.sha256(b"%d %s " % (_FORMAT, kernel.release.encode()) + text).hexdigest()[:16]
-    directory = cache_dir() / "kmod" / f"{path.stem}-{key}"
     tree = fetch_build_tree(kernel, progress)
+    # There may be several kernels of one release that were built here, each in its own directory.
+    of = f"{_FORMAT} {kernel.release} "
+    of += kernel.vmlinux.parent.name if kernel.name == KGDB_KERNEL else ""
+    key = hashlib.sha256(of.encode() + text).hexdigest()[:16]
+    directory = cache_dir() / "kmod" / f"{path.stem}-{key}"
     populate(directory, lambda scratch: _build(scratch, tree, path.stem, text))
     return directory / f"{path.stem}.ko"
 
@@ -56,6 +60,8 @@ def fetch_build_tree(kernel: StockKernel, progress: Progress = terminal_progress
 
     :raises MachineError: if the mirrors do not have the headers of this kernel
     """
+    if kernel.name == KGDB_KERNEL:
+        return kgdb_build_tree(kernel)
     root = cache_dir() / "build" / kernel.release
     populate(root, lambda scratch: _fetch(scratch, root, kernel, progress))
     return root / f"usr/src/linux-headers-{kernel.release}"

@@ -21,8 +21,8 @@ from kgdbx.machine.config import (
 )
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.initramfs import build_initramfs
-from kgdbx.machine.kernels import StockKernel, fetch_kernel
-from kgdbx.machine.kgdb_kernel import KGDB_KERNEL, get_kgdb_kernel
+from kgdbx.machine.kernels import StockKernel
+from kgdbx.machine.kgdb_kernel import get_kernel
 from kgdbx.machine.process import is_alive, kill_process, spawn, start_time
 from kgdbx.machine.qemu import Qemu, find_qemu
 from kgdbx.machine.qmp import Qmp
@@ -143,7 +143,7 @@ def configure(
     :raises MachineError: if a part cannot be had
     """
     qemu = qemu or find_qemu()
-    kernel = _kernel(kernel) if isinstance(kernel, str) else kernel
+    kernel = get_kernel(kernel) if isinstance(kernel, str) else kernel
     accel = resolve_accel(qemu, kernel, accel)
     return MachineConfig(
         kernel=kernel,
@@ -282,10 +282,6 @@ def _wait_started(
         except MachineError as e:
             # Its own words say more than a connection that broke.
             raise MachineError(f"QEMU did not start: {_tail(log) or e}") from e
-
-
-def _kernel(name: str) -> StockKernel:
-    return get_kgdb_kernel() if name == KGDB_KERNEL else fetch_kernel(name)
 
 
 # RAM that does not fit ends in SIGBUS much later.

@@ -9,6 +9,7 @@ from typing import TextIO
 from kgdbx.bench import (
     bpftrace,
     kgdb,
+    kmemleak,
     leaks,
     leaks_watch,
     mixed,
@@ -30,6 +31,7 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
     "bpftrace": (bpftrace.measure,),
     "leaks": (leaks.measure, leaks_watch.measure_watch),
     "kgdb": (kgdb.measure,),
+    "kmemleak": (kmemleak.measure,),
     "probes": (stop_tier.measure, resident_tier.measure, bpftrace.measure),
     "resident": (resident_tier.measure, bpftrace.measure),
     "shell": (shell.measure,),
@@ -47,8 +49,8 @@ _BENCHES: dict[str, tuple[Callable[[int], Iterator[Figure]], ...]] = {
             nargs="+",
             choices=(*_BENCHES, *_TIMED),
             metavar="NAME",
-            help="probes (both tiers), stop or resident; bpftrace (of resident); leaks; kgdb; "
-            "shell: its prompt while events stream; stress: exact under load; "
+            help="probes (both tiers), stop or resident; bpftrace (of resident); leaks; kmemleak "
+            "(beside ours); kgdb; shell: its prompt while events stream; stress: exact under load; "
             "mixed: a scan after mixed work",
         ),
         argument("--rounds", type=int, default=5, metavar="N", help="runs (default 5)"),
