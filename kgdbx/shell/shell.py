@@ -62,8 +62,7 @@ class Shell:
         :param sysrq: tty of the console over which KGDB's kernel can be stopped
         :raises KgdbxError: if that cannot be done
         """
-        base = name or where.removeprefix("kgdb:").rpartition("/")[2] or "gdb"
-        name = self._free_name(base)
+        name = self._free_name(name or _short(where))
 
         def show(text: str, events: bool) -> None:
             self.write(text, session=session, events=events)
@@ -76,6 +75,20 @@ class Shell:
         self.current = session
         self.on_change()
         return session
+
+    async def reopen(self, session: KernelSession, where: str = "") -> list[str]:
+        """Start a session again; one that was named after its VM is named after the new one.
+
+        :param where: another VM or stub
+        :return: what could not be placed again
+        :raises KgdbxError: if it cannot be opened
+        """
+        named_after = session.name == _short(session.where)
+        failed = await session.reopen(where)
+        if where and named_after and session.name != _short(where):
+            session.name = self._free_name(_short(where))
+            self.on_change()
+        return failed
 
     def find(self, which: str) -> tuple[int, KernelSession]:
         """A session by number or name.
@@ -194,6 +207,10 @@ class Shell:
         taken = {session.name for session in self.sessions.values()}
         names = (wanted if n == 1 else f"{wanted}-{n}" for n in _numbers())
         return next(name for name in names if name not in taken)
+
+
+def _short(where: str) -> str:
+    return where.removeprefix("kgdb:").rpartition("/")[2] or "gdb"
 
 
 def _numbers() -> Iterator[int]:

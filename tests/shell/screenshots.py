@@ -22,16 +22,51 @@ def main(directory: Path) -> None:
         argv = [sys.executable, "-m", "kgdbx", "shell", "--vm", a.name, "--vm", b.name]
         with Terminal(argv, columns=120, rows=26, environment=environment) as t:
             take(t, directory, a)
+    with clone(template, name="node1") as a:
+        environment = {"KGDBX_HISTORY": tempfile.mkdtemp() + "/history"}
+        argv = [sys.executable, "-m", "kgdbx", "shell", "--vm", a.name]
+        with Terminal(argv, columns=200, rows=50, environment=environment) as t:
+            take_wide(t, directory, a)
+
+
+def take_picture(t: Terminal, path: Path, title: str) -> None:
+    """The screen as it is now."""
+    with t.lock:
+        text = screen_svg(t.screen, title)
+    path.write_text(text)
+    print(path)
+
+
+def take_wide(t: Terminal, directory: Path, vm: Vm) -> None:
+    """The same on a large window."""
+    t.wait("cpu 0>", 90)
+    t.line("kprobe vfs_read file->f_inode->i_ino count $comm $kstack:4")
+    t.wait("Probe 1 ")
+    t.line("continue")
+    t.wait("running>")
+    load = vm.start("while true; do wc /proc/version /proc/meminfo /etc/hostname > /dev/null; done")
+    t.wait(lambda: sum("vfs_read" in line for line in t.display()) > 30)
+    t.type("kretprobe vfs_writ")
+    t.wait("vfs_writev")
+    t.wait("ssize_t vfs_write(")
+    take_picture(t, directory / "events-200x50.svg", "Events in a window of 200 by 50")
+    t.type("\x15")
+    t.line("kprobe --stop vfs_read count if count > 100")
+    t.wait("stopped")
+    t.line("stop")
+    t.wait("#3 ")
+    take_picture(t, directory / "stop-200x50.svg", "A stop in a window of 200 by 50")
+    t.type("q")
+    load.discard()
+    t.line("quit")
+    t.end()
 
 
 def take(t: Terminal, directory: Path, vm: Vm) -> None:
     """A short session, with a picture of each thing worth one."""
 
     def picture(name: str, title: str) -> None:
-        with t.lock:
-            text = screen_svg(t.screen, title)
-        (directory / f"{name}.svg").write_text(text)
-        print(directory / f"{name}.svg")
+        take_picture(t, directory / f"{name}.svg", title)
 
     t.wait("*1 ")
     t.wait("cpu 0>", 90)

@@ -85,7 +85,7 @@ def test_what_dies_is_noticed_and_can_be_opened_again(
     t.line(f"reopen {second.name}")
     t.wait(lambda: placed(t) == 3, 90)
     t.line("c")
-    t.wait("running>")
+    t.wait(f"{second.name} running>")  # named after its VM
     second.start("caller 2 5")
     t.wait("1 probes, 5 hits")
     t.line("quit")

@@ -46,7 +46,7 @@ async def close(shell: "Shell", args: argparse.Namespace) -> None:
     ),
 )
 async def reopen(shell: "Shell", args: argparse.Namespace) -> int:
-    failed = await shell.session.reopen(args.where)
+    failed = await shell.reopen(shell.session, args.where)
     for line in failed:
         shell.say(f"not placed again: {line}", fault=True)
     return bool(failed)
