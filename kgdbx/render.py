@@ -14,7 +14,7 @@ COLOUR = Style("\x1b[1m", "\x1b[36m", "\x1b[32m", "\x1b[31m", "\x1b[0m")
 
 
 def pick_style(stream: TextIO | None, when: str = "auto") -> Style:
-    """Colour for a stream: on a terminal, unless ``NO_COLOR`` is set (no-color.org).
+    """Colour for a stream: on a terminal that has it, unless ``NO_COLOR`` is set (no-color.org).
 
     :param when: ``auto``, ``always`` or ``never``
     """
@@ -22,9 +22,10 @@ def pick_style(stream: TextIO | None, when: str = "auto") -> Style:
         return COLOUR
     if when == "never" or os.environ.get("NO_COLOR"):
         return PLAIN
-    if os.environ.get("CLICOLOR_FORCE", "0") != "0" or (stream is not None and stream.isatty()):
+    if os.environ.get("CLICOLOR_FORCE", "0") != "0":
         return COLOUR
-    return PLAIN
+    shows = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    return COLOUR if shows else PLAIN
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], style: Style = PLAIN) -> str:
