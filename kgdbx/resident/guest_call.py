@@ -123,10 +123,12 @@ class _Run(Generic[_T]):
         if self._error is not None:
             raise self._error
         if not self._finished:
-            where = "a call in it did not return" if self._cpu is not None else "it took none"
-            raise TargetTimeout(
-                f"the guest should run {_HOST_FUNCTION}, and {where} in {_CAPTURE_S:g} s"
-            )
+            if self._cpu is None:
+                raise TargetTimeout(
+                    f"the guest took no interrupt within {_CAPTURE_S:g} s, and functions of its "
+                    "kernel can be called in one only"
+                )
+            raise TargetTimeout(f"a call in the guest did not return within {_CALL_S:g} s")
         return self._result[0]
 
     @property
