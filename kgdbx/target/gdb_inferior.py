@@ -91,7 +91,7 @@ class GdbTarget(Target):
         gdb.events.exited.connect(self._on_exited)
         gdb.events.stop.connect(self._on_stop_event)
         self._settings = self._change_settings()
-        _Written()
+        _New()
         try:
             self._learn()
         except BaseException:
@@ -693,7 +693,8 @@ class _Breakpoint(gdb.Breakpoint):
             expression = f"*({_WORDS[size_bytes]} *){address:#x}"
             classes = {
                 # gdb passes over a write that leaves the value as it was; this one never does.
-                BreakpointKind.WATCH_WRITE: (f"$_kgdbx_written({expression})", gdb.WP_WRITE),
+                # An argument of the function would be watched by single steps.
+                BreakpointKind.WATCH_WRITE: (f"$_kgdbx_new() + 0 * {expression}", gdb.WP_WRITE),
                 BreakpointKind.WATCH_READ: (expression, gdb.WP_READ),
                 BreakpointKind.WATCH_ACCESS: (expression, gdb.WP_ACCESS),
             }
@@ -712,16 +713,15 @@ class _Breakpoint(gdb.Breakpoint):
             return True
 
 
-class _Written(gdb.Function):
-    # Convenience function of a memory operand that has another value each time.
+class _New(gdb.Function):
+    # Convenience function that has another value each time.
 
     def __init__(self) -> None:
-        super().__init__("_kgdbx_written")
+        super().__init__("_kgdbx_new")
         self._count = 0
 
-    def invoke(self, operand: Any) -> int:
-        """Read the operand, so that gdb watches it."""
-        operand.fetch_lazy()
+    def invoke(self) -> int:
+        """Its value."""
         self._count += 1
         return self._count
 

@@ -251,6 +251,23 @@ def test_a_watchpoint_reports_its_address(
     assert {stop.address for stop in stops} == {guest.written}
 
 
+@pytest.mark.parametrize("kind", [BreakpointKind.WATCH_WRITE, BreakpointKind.WATCH_ACCESS])
+def test_a_watchpoint_stops_at_accesses_alone(
+    guest: Guest, target: Target, kind: BreakpointKind
+) -> None:
+    reasons: list[StopReason] = []
+
+    def on_stop(stop: Stop) -> bool:
+        reasons.append(stop.reason)
+        return len(reasons) < CALLS
+
+    guest.begin(1000)
+    target.insert_breakpoint(kind, guest.data, 4)
+    target.insert_breakpoint(SOFTWARE, guest.probed)
+    assert target.run(on_stop, timeout_s=DEADLINE_S) is not None
+    assert reasons == [StopReason.TRAP] * CALLS
+
+
 # Run control
 
 
