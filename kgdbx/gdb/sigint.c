@@ -6,6 +6,7 @@
  */
 #include <errno.h>
 #include <signal.h>
+#include <stddef.h>
 
 static void (*gdbs_handler)(int);
 static volatile sig_atomic_t count;
