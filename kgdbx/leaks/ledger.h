@@ -15,7 +15,6 @@
 #define LONGEST_SPILL 64
 #define SEEN_WAYS 16
 #define SHAPE 44
-#define RECENT 64
 
 struct watch_range {
 	u64 start, size, module;
@@ -199,43 +198,83 @@ static __always_inline struct seen *seen_set(u64 key)
 	return (struct seen *)SEEN + (key & (SEEN_SETS - 1)) * SEEN_WAYS;
 }
 
-/* A free under way, as far as it is known, of each task. */
+/* The last free on a stack; it may be under way. Only who is on that stack writes to it. */
 struct recent {
-	u64 task, sp, ret_addr, point;
+	u64 end; /* of the stack: a task's, or that of a CPU's interrupts */
+	u64 sp, ret_addr, point;
+	u64 jiffies;
+	u64 spare[3];
 };
 
-static __always_inline struct recent *recent_call(const u8 *task)
+static __always_inline struct recent *recent_set(u64 end)
 {
-	return (struct recent *)RECENT_CALLS + (u64)task / 64 % RECENT;
+	return (struct recent *)RECENT_CALLS +
+	       ((end * 0x9e3779b97f4a7c15UL) >> (64 - RECENT_BITS)) * RECENT_WAYS;
+}
+
+static __always_inline struct recent *find_recent(u64 end)
+{
+	struct recent *recent = recent_set(end);
+	u32 n;
+
+	for (n = 0; n < RECENT_WAYS && recent->end; n++, recent++) /* filled from the front */
+		if (recent->end == end)
+			return recent;
+	return 0;
+}
+
+static __always_inline bool is_under_way(const struct recent *recent, const u64 *sp)
+{
+	return recent->sp - (u64)sp < recent->end - (u64)sp &&
+	       *(const u64 *)recent->sp == recent->ret_addr;
+}
+
+/* A place for a stack that has none: that of the one that was used last the longest time ago. */
+static __slow struct recent *take_recent(u64 end)
+{
+	struct recent *set = recent_set(end), *oldest;
+	u32 tries, n;
+
+	for (tries = 0; tries < 8; tries++) {
+		u64 was;
+
+		for (n = 0, oldest = set; n < RECENT_WAYS && oldest->end; n++)
+			if (!set[n].end || set[n].jiffies < oldest->jiffies)
+				oldest = set + n;
+		was = *(const volatile u64 *)&oldest->end;
+		if (atomic_swap_from(&oldest->end, was, end))
+			return oldest;
+	}
+	return 0;
 }
 
 /* The frees inside of this one will be part of it, unless it is inside of another one itself. */
 static __always_inline void note_recent(const struct probe *p, const u64 *sp)
 {
-	const u8 *task = current_task();
-	struct recent *recent = recent_call(task);
+	u64 end = (u64)stack_end(sp);
+	struct recent *recent = find_recent(end);
 
-	if (recent->task == (u64)task && recent->sp - (u64)sp < STACK_BYTES && recent->sp != (u64)sp &&
-	    *(const u64 *)recent->sp == recent->ret_addr)
+	if (unlikely(!recent && end != (u64)sp)) /* of a stack that is known */
+		recent = CALLED(take_recent(end));
+	if (!recent || (recent->sp != (u64)sp && is_under_way(recent, sp)))
 		return;
-	recent->task = (u64)task;
 	recent->sp = (u64)sp;
 	recent->ret_addr = *sp;
 	recent->point = p->point;
+	recent->jiffies = *(const volatile u64 *)JIFFIES;
 }
 
-/* Whether the last free of this task is under way: where its return address is, 0 if it is not. */
-static __always_inline const u64 *recent_place(const struct probe *p, const u64 *sp)
+/* Whether the last free on this stack is under way: where its return address is, 0 if not. */
+static __always_inline const u64 *recent_place(const struct probe *p, const u64 *sp, const u64 *end)
 {
-	const u8 *task = current_task();
-	const struct recent *recent = recent_call(task);
-	const u64 *at = (const u64 *)recent->sp;
+	const struct recent *recent = find_recent((u64)end);
 
-	if (likely(recent->task != (u64)task || (u64)at - (u64)sp >= STACK_BYTES ||
-		   *at != recent->ret_addr))
+	if (!recent || !is_under_way(recent, sp))
 		return 0;
 	/* What the same call frees again, in a loop, is not part of it. */
-	return at == sp && recent->point == p->point ? 0 : at;
+	if (recent->sp == (u64)sp && recent->point == p->point)
+		return 0;
+	return (const u64 *)recent->sp;
 }
 
 /*
@@ -280,12 +319,9 @@ static __slow bool is_part(const struct seen *seen, const u64 *sp, const u64 *re
 	return false;
 }
 
-/*
- * Whether a stack was unwound before; what look_at_stack() says of it then.
- * depth: of this one, in words
- */
-static __always_inline bool find_seen(const struct probe *p, u64 key, const u64 *sp, u64 depth,
-				      u64 *stack)
+/* Whether a stack was unwound before; what look_at_stack() says of it then. */
+static __always_inline bool find_seen(const struct probe *p, u64 key, const u64 *sp,
+				      const u64 *stack_end, u64 *stack)
 {
 	const struct seen *seen = seen_set(key), *end = seen + SEEN_WAYS;
 
@@ -294,7 +330,7 @@ static __always_inline bool find_seen(const struct probe *p, u64 key, const u64 
 		bool hooked;
 		u64 version;
 
-		if (seen->key != key || seen->depth >= depth)
+		if (seen->key != key || seen->depth >= (u64)(stack_end - sp))
 			continue;
 		version = *(const volatile u64 *)&seen->version;
 		*stack = seen->stack;
@@ -305,7 +341,7 @@ static __always_inline bool find_seen(const struct probe *p, u64 key, const u64 
 			continue;
 		if (!(*stack & OWNED))
 			*stack = 0;
-		else if (recent = recent_place(p, sp), unlikely(hooked || recent))
+		else if (recent = recent_place(p, sp, stack_end), unlikely(hooked || recent))
 			*stack = CALLED(is_part(seen, sp, recent)) ? 0 : *stack;
 		/* As a part of another call it was not told of. */
 		return likely(!*stack || *stack & TOLD);
@@ -397,7 +433,10 @@ static __slow bool say(const struct probe *p, u32 what, u64 stack, u64 address, 
 	return true;
 }
 
-/* The kernel's own unwinder, from a function's entry; what was interrupted is left out. */
+/*
+ * The kernel's own unwinder, from a function's entry. What was interrupted is left out, and what has
+ * called softirqs or the scheduler: these do the work of others.
+ */
 static __always_inline u32 unwind(const struct probe *p, const u64 *sp, u64 bp,
 				  u64 *frames)
 {
@@ -405,7 +444,7 @@ static __always_inline u32 unwind(const struct probe *p, const u64 *sp, u64 bp,
 	u32 n, count = CALLED(walk_stack(&regs, current_task(), frames, UNWOUND));
 
 	for (n = 1; n < count; n++)
-		if (frames[n] - ENTRY_TEXT < ENTRY_TEXT_BYTES)
+		if (IS_BORDER(frames[n]))
 			return n + 1;
 	return count;
 }
@@ -415,7 +454,7 @@ static __slow u64 learn(const struct probe *p, const u64 *sp, u64 bp, u64 key)
 {
 	u64 frames[UNWOUND], stack = CONTROL_BLOCK->seed;
 	u32 n, count = unwind(p, sp, bp, frames), placed;
-	const u64 *recent = recent_place(p, sp);
+	const u64 *recent = recent_place(p, sp, stack_end(sp));
 	u16 places[SHAPE];
 	bool part = false;
 
@@ -450,7 +489,7 @@ static __always_inline u64 look_at_stack(const struct probe *p, const u64 *sp, u
 	const u64 *end = stack_end(sp);
 	u64 key = mix(p->point, *sp) | 1, stack;
 
-	if (find_seen(p, key, sp, end - sp, &stack))
+	if (find_seen(p, key, sp, end, &stack))
 		return stack;
 	return likely(!is_anywhere(sp, end)) ? 0 : CALLED(learn(p, sp, bp, key));
 }

@@ -1,5 +1,6 @@
 """The ledger of allocations that code of ours keeps in the guest, seen from the host."""
 
+import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import drgn
 import numpy as np
 
-from kgdbx.errors import ProbeError
+from kgdbx.errors import ProbeError, SymbolError
 from kgdbx.leaks.allocators import Allocator
 from kgdbx.resident.compile.codegen import Body
 from kgdbx.resident.engine import Engine
@@ -57,7 +58,9 @@ _COUNTERS = struct.Struct(f"<QQQ{NAMES}Q{NAMES}Q")
 _RANGES_AT = _COUNTERS_AT + _COUNTERS.size
 _RANGE = struct.Struct("<QQQ")
 _MAX_RANGES = 64
-_RECENT_BYTES = 4096  # struct recent, for 64 tasks
+_RECENT_BITS = 7  # sets of struct recent
+_RECENT_WAYS = 4
+_RECENT_BYTES = 64 * _RECENT_WAYS << _RECENT_BITS
 _BUCKET_KEYS = 7
 _BUCKET_BYTES = 64
 _SEEN_SETS = 256
@@ -65,6 +68,8 @@ _SEEN_BYTES = _SEEN_SETS * 16 * 512
 _BUCKET_BITS = (13, 12, 11, 10)
 _PAGE_BYTES = 4096
 _FROM_INTERRUPT = 1
+# Where a kernel has handle_softirqs(), __do_softirq() only jumps there.
+_BORDERS = ("__schedule", "handle_softirqs", "__do_softirq")
 _INFO = 0xFFFF  # of a stack's number
 
 
@@ -232,6 +237,8 @@ class GuestLedger:
             "CONTROL": self._control,
             "SEEN": self._seen,
             "RECENT_CALLS": self._recent,
+            "RECENT_BITS": _RECENT_BITS,
+            "RECENT_WAYS": _RECENT_WAYS,
             "SEEN_SETS": _SEEN_SETS,
             "BUCKETS": self._buckets,
             "BLOCKS": self._blocks,
@@ -247,6 +254,9 @@ class GuestLedger:
             "ENTRY_TEXT_BYTES": kernel.address("__entry_text_end") - entry,
         }
         lines = "".join(f"#define {name} {value:#x}UL\n" for name, value in constants.items())
+        borders = [(entry, constants["ENTRY_TEXT_BYTES"]), *_borders(kernel)]
+        tests = " || ".join(f"(at) - {start:#x}UL < {size:#x}UL" for start, size in borders)
+        lines += f"#define IS_BORDER(at) ({tests})\n"
         return lines + resources.files("kgdbx.leaks").joinpath("ledger.h").read_text("utf-8")
 
 
@@ -260,6 +270,13 @@ def _table(engine: Engine) -> tuple[int, int, int]:
             if bits == _BUCKET_BITS[-1]:
                 raise
     raise AssertionError("no size is left")
+
+
+# Functions of which what they call is done for others than who has called them.
+def _borders(kernel: Kernel) -> Iterator[tuple[int, int]]:
+    for name in _BORDERS:
+        with contextlib.suppress(SymbolError):
+            yield from ((f.address, f.size_bytes) for f in kernel.functions(name))
 
 
 def _type(kernel: Kernel, name: str) -> drgn.Type:

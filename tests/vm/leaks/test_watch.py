@@ -88,7 +88,7 @@ def test_every_way_to_allocate_is_counted(guest_of: GuestOf, kernel: str) -> Non
 
 def test_blocks_that_outlive_their_module(guest_of: GuestOf) -> None:
     watched = Watched(guest_of, "6.1", "watch_leaker", "watch_cleaner")
-    for n in range(2):
+    for n in range(4):
         lost, report = watched.lose()
         assert report.totals == (16, 4, 0)
         assert {(e.address, e.size_bytes) for e in report.leaks} == set(
