@@ -10,6 +10,7 @@
 
 static struct page_frag_cache held_cache;
 static void *held;
+static struct sk_buff *fillers[300];
 
 static void told(const char *verdict, const char *kind, const void *address)
 {
@@ -26,6 +27,7 @@ static int __init lost_fragments_init(void)
 	struct page_frag_cache lost_cache = {};
 	struct sk_buff *packet;
 	void *fragment;
+	int i;
 
 	/* One fragment is lost, and one is not: nothing tells them apart from outside. */
 	fragment = page_frag_alloc(&held_cache, BYTES, GFP_KERNEL);
@@ -39,13 +41,22 @@ static int __init lost_fragments_init(void)
 		return -ENOMEM;
 	told("lost", "block", block_of(fragment));
 	memzero_explicit(&lost_cache, sizeof(lost_cache));
-	/* A packet whose head is a fragment of the CPU's own block. */
-	packet = netdev_alloc_skb(NULL, BYTES);
+	/* A packet with a head of its own, where none was before: NAPI's caches keep old pointers. */
+	for (i = 0; i < ARRAY_SIZE(fillers); i++) {
+		fillers[i] = alloc_skb(BYTES, GFP_KERNEL);
+		if (!fillers[i])
+			return -ENOMEM;
+	}
+	packet = alloc_skb(BYTES, GFP_KERNEL);
 	if (!packet)
 		return -ENOMEM;
 	told("lost", "packet", packet);
-	if (packet->head_frag)
-		told("kept", "block_of_cpu", block_of(packet->head));
+	told("lost", "head", packet->head);
+	/* A fragment of the CPU's own block. */
+	fragment = netdev_alloc_frag(BYTES);
+	if (!fragment)
+		return -ENOMEM;
+	told("kept", "block_of_cpu", block_of(fragment));
 	return 0;
 }
 

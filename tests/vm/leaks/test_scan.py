@@ -55,7 +55,7 @@ def test_fragments_are_one_block_with_those_they_share_it_with(
     guest.load("lost_fragments")
     scan = guest.scan()
     lost, kept = guest.told("lost"), guest.told("kept")
-    assert sorted(lost.values()) == ["block", "packet"]
+    assert sorted(lost.values()) == ["block", "head", "packet"]
     assert sorted(kept.values()) == ["block_of_cpu", "shared_block"]
     found = {block.address: block for block in scan.leaks}
     assert set(lost) <= set(found)
