@@ -9,6 +9,9 @@ __all__ = ("Printer",)
 
 _SCREENS_PER_S = 2.0
 _NOTE_S = 0.5
+# Of an event with its kernel stack, see kgdbx.trace.text.
+_STACK_HEAD = ": <stack trace>"
+_STACK_LINE = " => "
 
 
 class Printer:
@@ -36,6 +39,7 @@ class Printer:
         self._open: dict[str, str] = {}
         self._lines: list[str] = []
         self._left_out = 0
+        self._cut = False
         self._note_at = clock()
 
     def write(self, source: str, text: str, *, prefix: str = "") -> None:
@@ -57,10 +61,14 @@ class Printer:
         now, rows = self._clock(), self._rows()
         refill = (now - self._allowed_at) * _SCREENS_PER_S * rows
         self._allowed, self._allowed_at = min(float(rows), self._allowed + refill), now
+        while self._cut and _is_stack(text):  # of an event that was left out
+            text = text.partition("\n")[2]
+            self._left_out += 1
         count = text.count("\n")
-        shown = text.split("\n", int(self._allowed))[: min(count, int(self._allowed))]
+        shown = _whole_events(text, min(count, int(self._allowed)))
         self._allowed -= len(shown)
         self._left_out += count - len(shown)
+        self._cut = len(shown) < count or (self._cut and not text)
         self._lines += (f"{prefix}{line}" for line in shown)
 
     def flush(self, source: str, prefix: str = "") -> None:
@@ -77,3 +85,15 @@ class Printer:
             self.dropped += self._left_out
             self._left_out, self._note_at = 0, now
         return "".join(f"{harmless(line)}\n" for line in lines)
+
+
+def _whole_events(text: str, most: int) -> list[str]:
+    # The first lines, without an event of which only a part would be shown.
+    *shown, rest = text.split("\n", most)
+    while shown and _is_stack(rest):
+        rest = shown.pop()
+    return shown
+
+
+def _is_stack(text: str) -> bool:
+    return text.startswith(_STACK_LINE) or _STACK_HEAD in text.partition("\n")[0]

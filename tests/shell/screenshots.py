@@ -45,7 +45,7 @@ def take_wide(t: Terminal, directory: Path, vm: Vm) -> None:
     t.line("continue")
     t.wait("running>")
     load = vm.start("while true; do wc /proc/version /proc/meminfo /etc/hostname > /dev/null; done")
-    t.wait(lambda: sum("vfs_read" in line for line in t.display()) > 30)
+    t.wait(lambda: sum("vfs_read" in line for line in t.display()) > 10)
     t.type("kretprobe vfs_writ")
     t.wait("vfs_writev")
     t.wait("ssize_t vfs_write(")

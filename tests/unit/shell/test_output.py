@@ -30,6 +30,17 @@ def test_commands_are_shown_whole_and_events_a_screenful() -> None:
     assert printer.frame() == "partial\nevent\nevent\nevent\n"
 
 
+def test_no_event_is_cut() -> None:
+    now = [0.0]
+    printer = Printer(lambda: 24, lambda: now[0])
+    event = "wc-1 [000] 1.0: p: (f)\nwc-1 [000] 1.0: <stack trace>\n => f\n => g\n => h\n"
+    printer.write_events(event * 100)
+    assert printer.frame() == event * 4
+    now[0] = 10.0
+    printer.write_events(" => i\n" + event)  # the end of one that was left out
+    assert printer.frame() == event + "... 481 lines not shown; --log FILE has all\n"
+
+
 def test_no_event_is_unaccounted_for() -> None:
     now = [0.0]
     printer = Printer(lambda: 24, lambda: now[0])
