@@ -123,7 +123,8 @@ def aggregate(
         # Nobody but an interrupt adds to this CPU's table meanwhile.
         lines.append("gs_add32(PREEMPT_COUNT, 1);")
     lines += (
-        f"values = find_values(tables + current_cpu(), key, {words}, {shape.value_words}, places);",
+        f"values = CALLED(find_values(tables + current_cpu(), key, {words}, {shape.value_words}, "
+        "places));",
         "if (likely(values)) {",
         *(f"\t{line}" for line in _update(shape, value)),
         "}",

@@ -115,9 +115,11 @@ __handler void filter_{n}(u64 di, u64 si, u64 dx, u64 cx, u64 r8, u64 r9, u64 pp
 		__asm__ volatile("incq %0" : "+m"(pp)::"cc");
 }}
 """
+# Addresses of ours that are left below the stack are taken away, as CALLED() does it in prelude.h.
 _SITE = """\
 	push ${probe}
 	call handler_{handler}
+	movq $0, -8(%rsp)
 	lea 8(%rsp), %rsp
 """
 _FILTERED_SITE = """\
@@ -126,7 +128,8 @@ _FILTERED_SITE = """\
 	testb $1, (%rsp)
 	jz 1f
 	call handler_{handler}
-1:	lea 8(%rsp), %rsp
+1:	movq $0, -8(%rsp)
+	lea 8(%rsp), %rsp
 """
 
 _FULL = """\
@@ -173,7 +176,7 @@ __asm__(".text\\n"
 	"return_stub_{n}:\\n"
 	"	push %rdi\\n	push %rsi\\n	push %rdx\\n	push %rcx\\n"
 	"	mov 32(%rsp), %rdi\\n	mov %rax, %rsi\\n	lea 32(%rsp), %rcx\\n"
-	"	call return_{n}\\n"
+	"	call return_{n}\\n	movq $0, -8(%rsp)\\n"
 	"	pop %rcx\\n	pop %rdx\\n	pop %rsi\\n	pop %rdi\\n"
 	"	ret\\n");
 """
@@ -226,6 +229,7 @@ _FULL_SITE = """\
 	mov %rsp, %rdi
 	mov ${probe}, %rsi
 	call decide_{handler}
+	movq $0, -8(%rsp)
 	test %rax, %rax
 	jnz 1f
 	movq $2f, 0x80(%rsp)
@@ -254,7 +258,8 @@ _FULL_SITE = """\
 	mov (%rsp), %rsp
 	popfq
 	ret
-2:
+2:	movq $0, -8(%rsp)
+	movq $0, -0x28(%rsp)
 """
 
 
