@@ -7,7 +7,7 @@ from kgdbx.errors import ProbeError
 from kgdbx.probes.defined import place_text
 from kgdbx.probes.definition import ProbeDefinition, format_definition
 from kgdbx.probes.kretprobe import default_maxactive
-from kgdbx.probes.probe import Point, Probe
+from kgdbx.probes.probe import Point, Probe, State
 from kgdbx.probes.site import Attachment
 from kgdbx.resident.compile.codegen import NotResident, generate
 from kgdbx.resident.engine import Engine
@@ -69,9 +69,11 @@ class ResidentProbe(Probe):
     def prepare(self, kernel: Kernel) -> None:
         """Compile it for every place.
 
+        Where a place cannot be, the kernel stops there; if that is all of them, whoever
+        registers it may want another probe, but no one is there to ask when a module is loaded.
+
         :raises NotResident: if the definition asks for what code in the guest cannot do
-        :raises CannotDisplace: if the code at a place cannot give way to a jump; of several
-            places only if that is so at all of them
+        :raises CannotDisplace: if the code at a place cannot give way to a jump
         """
         if self.kind == "r":
             self._check_return_points()
@@ -84,7 +86,8 @@ class ResidentProbe(Probe):
                 programs.append(self._program(kernel, point))
             except (CannotDisplace, NotResident) as e:
                 refused[point] = e
-        if refused and (self._make_stopping is None or not programs):
+        asked = self.state in (State.NEW, State.UNREGISTERED)
+        if refused and (self._make_stopping is None or (asked and not programs)):
             raise next(iter(refused.values()))
         self._programs = programs
         self._stop_at(kernel, refused)

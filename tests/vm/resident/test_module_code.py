@@ -53,6 +53,21 @@ def test_modules_come_and_go(guest_of: GuestOf, kernel: str) -> None:
     assert guest.run("modprobe dummy && rmmod dummy && echo well") == "well\n"
 
 
+def test_what_cannot_be_compiled_for_a_module_stops_there(guest_of: GuestOf) -> None:
+    guest = guest_of("6.1", modules=("dummy",))
+    events: list[Event] = []
+    guest.session.event_listeners.append(events.append)
+    text = "dev->flags ? dev->name : dev->name"  # no single value for code in the guest
+    probe = guest.session.define(f"p:dev dummy:dummy_dev_init name=({text}) mtu=dev->mtu")[0]
+    for turn in (1, 2):
+        guest.run("modprobe dummy numdummies=3")
+        assert not probe.faults, probe.faults[0].trace
+        assert probe.hits == len(events) == 3 * turn
+        assert probe.tier_reason.startswith("stops at 1 of 1 places: dummy:dummy_dev_init")
+        guest.run("rmmod dummy")
+    assert {event.fields["name"] for event in events} == {"dummy0", "dummy1", "dummy2"}
+
+
 def test_records_outlive_a_panic(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_call, "_CAPTURE_S", 0.5)
     guest = guest_of()
