@@ -13,7 +13,7 @@ __all__ = ("blank_kmemleak_pool", "kmemleak_nodes", "waiting_behind_kmemleak")
 
 # mm/kmemleak.c makes them with SLAB_NOLEAKTRACE, so that they are never merged with others.
 _CACHES = ("kmemleak_object", "kmemleak_scan_area")
-_FILE, _POOL = "mm/kmemleak.c", "mem_pool"
+_FILE, _POOL, _FREE_LIST = "mm/kmemleak.c", "mem_pool", "mem_pool_free_list"
 _RECORD = "struct kmemleak_object"
 _WORD = 8
 _INT_MASK = 0xFFFFFFFF
@@ -34,10 +34,8 @@ def waiting_behind_kmemleak(heap: Heap) -> U64:
         record = heap.kernel.program.type(_RECORD)
     except LookupError:
         return np.zeros(0, np.uint64)
-    start, size_bytes = _pool(heap.kernel)
-    step = record.size or 1
-    in_pool = np.uint64(start) + np.arange(0, size_bytes, step, dtype=np.uint64)
-    records = np.concatenate([heap.addresses(kmemleak_nodes(heap, _CACHES[:1])), in_pool])
+    in_heap = heap.addresses(kmemleak_nodes(heap, _CACHES[:1]))
+    records = np.concatenate([in_heap, _used_in_pool(heap, record)])
     # put_object() hands a record to RCU when nobody uses it any more.
     offset = record.member("use_count").offset
     word = heap.members(records, offset // _WORD * _WORD)
@@ -59,6 +57,27 @@ def blank_kmemleak_pool(kernel: Kernel, words: U64, addresses: U64) -> None:
         at = int(addresses[row])
         first = max(start - at, 0) // _WORD
         words[row, first : (start + size_bytes - at) // _WORD] = 0
+
+
+# What was given back to the pool is in a list there, and has old pointers.
+def _used_in_pool(heap: Heap, record: drgn.Type) -> U64:
+    start, size_bytes = _pool(heap.kernel)
+    step, offset = record.size or 1, record.member("object_list").offset
+    records = np.uint64(start) + np.arange(0, size_bytes, step, dtype=np.uint64)
+    used = np.ones(len(records), bool)
+    if size_bytes:
+        following = heap.members(records, offset)
+        find = (_FREE_LIST, drgn.FindObjectFlags.VARIABLE, _FILE)
+        head = heap.kernel.program.object(*find).address_ or 0
+        at = heap.memory.read_u64(head)
+        while at != head:
+            row, rest = divmod(at - offset - start, step)
+            if rest or not 0 <= row < len(records) or not used[row]:
+                break  # it changes meanwhile, or is damaged: what is left counts as used
+            used[row] = False
+            at = int(following[row])
+    found: U64 = records[used]
+    return found
 
 
 # (start, size_bytes); nothing in a kernel without kmemleak.

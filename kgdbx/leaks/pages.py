@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 
 import drgn
 import numpy as np
@@ -200,9 +201,7 @@ def _mark_pcp(kernel: Kernel, table: PageTable, layout: PageLayout) -> None:
     counts: list[int] = []
     try:
         cpus = min(program["nr_cpu_ids"].value_(), _MOST_CPUS)
-        for node in program["node_data"][:_NODES] if "node_data" in program else ():
-            if not node:
-                break
+        for node in _memory_nodes(program):
             for zone in node.node_zones:
                 if not zone.managed_pages.counter:
                     continue
@@ -218,6 +217,13 @@ def _mark_pcp(kernel: Kernel, table: PageTable, layout: PageLayout) -> None:
         table.errors.append(f"the lists of free pages of CPUs cannot be read: {e}")
     if starts:
         _mark(table.kind, np.array(starts), np.array(counts), PageKind.FREE)
+
+
+def _memory_nodes(program: drgn.Program) -> list[drgn.Object]:
+    # Without CONFIG_NUMA there is one, with a name of its own.
+    if "node_data" not in program:
+        return [program["contig_page_data"]]
+    return list(itertools.takewhile(bool, program["node_data"][:_NODES]))
 
 
 def _list_pages(table: PageTable, layout: PageLayout, head: drgn.Object) -> list[int]:
