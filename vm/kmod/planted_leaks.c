@@ -20,6 +20,7 @@ static struct kmem_cache *merged_cache;
 static void *interior;
 static LIST_HEAD(planted_list);
 static void *fillers[4][500];
+static void *merged_fillers[500];
 static const size_t filler_sizes[] = { 32, sizeof(struct planted), 192, 200 };
 
 static void lost(const char *kind, const void *address)
@@ -100,6 +101,7 @@ static noinline void lose_in_lists(void)
 static int __init planted_leaks_init(void)
 {
 	void __percpu *percpu;
+	int i;
 
 	if (fill())
 		return -ENOMEM;
@@ -109,6 +111,9 @@ static int __init planted_leaks_init(void)
 	merged_cache = kmem_cache_create("planted_merged", 192, 0, 0, NULL);
 	if (!own_cache || !merged_cache)
 		return -ENOMEM;
+	/* Whom it is merged with may have a cache of its own, and not kmalloc()'s. */
+	for (i = 0; i < ARRAY_SIZE(merged_fillers); i++)
+		merged_fillers[i] = kmem_cache_zalloc(merged_cache, GFP_KERNEL | __GFP_NOFAIL);
 	lost("own_cache", kmem_cache_alloc(own_cache, GFP_KERNEL));
 	lost("merged_cache", kmem_cache_zalloc(merged_cache, GFP_KERNEL));
 	lost("page", (void *)get_zeroed_page(GFP_KERNEL));
@@ -129,6 +134,8 @@ static void __exit planted_leaks_exit(void)
 	for (i = 0; i < ARRAY_SIZE(fillers); i++)
 		for (j = 0; j < ARRAY_SIZE(fillers[i]); j++)
 			kfree(fillers[i][j]);
+	for (i = 0; i < ARRAY_SIZE(merged_fillers); i++)
+		kmem_cache_free(merged_cache, merged_fillers[i]);
 	/* Both caches have lost objects: they cannot be destroyed without a warning. */
 	list_for_each_entry_safe(planted, next, &planted_list, link)
 		kfree(planted);
