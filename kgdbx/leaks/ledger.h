@@ -377,7 +377,9 @@ static __slow bool remember(u64 key, u64 stack, const u64 *frames, const u16 *pl
 	u32 n;
 
 	for (n = 0; n < SEEN_WAYS; n++) {
-		if (!set[n].key || (set[n].key == key && !((set[n].stack ^ stack) & ~INFO))) {
+		/* The same frames may be at other places, but what was not told of is now. */
+		if (!set[n].key ||
+		    (stack & TOLD && set[n].key == key && set[n].stack == (stack & ~TOLD))) {
 			seen = set + n;
 			break;
 		}
