@@ -5,10 +5,10 @@ guest's own clock, one after the other, and each is the best of several runs, as
 machine does only ever adds.
 """
 
+from kgdbx.attach import attach_vm
 from kgdbx.errors import MachineError
 from kgdbx.machine.vm import Vm
 from kgdbx.probes.definition import parse_definition
-from kgdbx.session import Session
 
 __all__ = (
     "CALLED",
@@ -74,7 +74,7 @@ def probed_ns(vm: Vm, smp: int, texts: tuple[str, ...]) -> float:
 
     :raises MachineError: if a hit was missed
     """
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         definitions = [parse_definition(text.format(f=CALLED)) for text in texts]
         probes = session.define_many(definitions, tier="resident", inlined_copies=False)
         session.resident.reader.makes_events = False  # as a recording takes them: whole batches

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import gdb
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.stop_tier import hits_per_second
 from kgdbx.gdb.attach import connect
 from kgdbx.machine.vm import find_vm
-from kgdbx.session import Session
 
 __all__ = ("main", "measure_kgdb")
 
@@ -77,7 +77,7 @@ def measure_kgdb(
 
 def _plain(vm: str, function: str, hits: int) -> float:
     info = find_vm(vm).info
-    with Session.attach_vm(info) as session:
+    with attach_vm(info) as session:
         address, slide = session.kernel.functions(function)[0].address, session.kernel.slide
     # With symbols, as a user has them, and as our own face has them.
     gdb.execute(f"symbol-file -o {slide:#x} {info.vmlinux}", to_string=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kgdbx.attach import attach, attach_kgdb
 from kgdbx.bench.figure import Figure, figure, ratio
 from kgdbx.errors import MachineError
 from kgdbx.gdb_launch import gdb_argv
@@ -63,7 +64,7 @@ def _kprobe(vm: Vm) -> tuple[float, float]:
         with _Meter(vm.info.kgdb_socket, path) as meter:
             break_in = functools.partial(sysrq_g, vm.info)
             target = KgdbTarget(str(path), break_in=break_in)
-            with Session.attach(target, vm.info.vmlinux) as session:
+            with attach(target, vm.info.vmlinux) as session:
                 return _count(session, meter)
 
 
@@ -84,7 +85,7 @@ def _count(session: Session, meter: "_Meter") -> tuple[float, float]:
 
 
 def _gdb(vm: Vm) -> tuple[float, float]:
-    session = Session.attach_kgdb(vm.info)
+    session = attach_kgdb(vm.info)
     address, slide = session.kernel.address(_FUNCTION), session.kernel.slide
     session.target.close(resume=False)  # gdb is to find a kernel that stands
     with tempfile.TemporaryDirectory(prefix="kgdbx-bench-") as scratch:

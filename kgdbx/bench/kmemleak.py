@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.figure import Figure, figure
 from kgdbx.errors import MachineError
 from kgdbx.leaks.scan import scan_heap
@@ -14,7 +15,6 @@ from kgdbx.machine.kgdb_kernel import KGDB_KERNEL
 from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import Vm, configure
-from kgdbx.session import Session
 
 __all__ = ("Comparison", "Side", "compare", "kmemleak_machine", "measure")
 
@@ -121,7 +121,7 @@ _TIMED = (
 
 def _scan(vm: Vm) -> tuple[set[int], float]:
     times = []
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.ram is not None
         registers = [session.target.read_registers(cpu) for cpu in session.target.cpus()]
         for _ in range(2):  # the first one reads debug information

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from drgn.helpers.linux.slab import for_each_slab_cache, slab_cache_for_each_allocated_object
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.figure import Figure, figure
 from kgdbx.errors import MachineError
 from kgdbx.leaks.heap import read_heap
@@ -12,7 +13,6 @@ from kgdbx.leaks.scan import scan_heap
 from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import Vm, configure
-from kgdbx.session import Session
 
 __all__ = ("measure", "measure_enumeration", "measure_scan")
 
@@ -43,7 +43,7 @@ def measure_enumeration(name: str, smp: int, rounds: int, suffix: str = "") -> I
     """
     with (
         clone(make_template(configure(name, smp=smp, memory_bytes=256 << 20))) as vm,
-        Session.attach_vm(vm.info) as session,
+        attach_vm(vm.info) as session,
     ):
         assert session.ram is not None
         kernel, ram = session.kernel, session.ram
@@ -78,7 +78,7 @@ def measure_scan(name: str, memory_bytes: int, objects: int, rounds: int) -> Ite
     with clone(make_template(config)) as vm:
         if objects:
             _load(vm, objects)
-        with Session.attach_vm(vm.info) as session:
+        with attach_vm(vm.info) as session:
             assert session.ram is not None
             registers = [session.target.read_registers(cpu) for cpu in session.target.cpus()]
             times = []

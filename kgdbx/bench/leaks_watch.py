@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.figure import Figure, figure, ratio
 from kgdbx.errors import MachineError
 from kgdbx.leaks.watch import place_watch
@@ -89,7 +90,7 @@ def _measure(load: _Load, rounds: int) -> Iterator[Figure]:
         if done.status:
             raise MachineError(f"the guest cannot do the work: {done.output}")
         for _ in range(rounds):
-            with Session.attach_vm(vm.info) as session:
+            with attach_vm(vm.info) as session:
                 first = _work(vm, session, load)
                 watch = place_watch(session.kernel, session.resident, session.probes, load.modules)
                 watched.append(_work(vm, session, load) + _work(vm, session, load))

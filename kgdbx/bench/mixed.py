@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.figure import Figure, figure
 from kgdbx.errors import MachineError
 from kgdbx.leaks.describe import describe_block
@@ -11,7 +12,6 @@ from kgdbx.machine.config import MachineConfig
 from kgdbx.machine.initramfs import GUEST_FILES
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import Vm, configure
-from kgdbx.session import Session
 
 __all__ = ("do_mixed_work", "measure", "mixed_work_machine")
 
@@ -69,7 +69,7 @@ def do_mixed_work(vm: Vm, minutes: float) -> dict[str, int]:
 
 
 def _scan(vm: Vm) -> Scan:
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.ram is not None
         registers = [session.target.read_registers(cpu) for cpu in session.target.cpus()]
         scan = scan_heap(session.kernel, session.ram, registers)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.calls import (
     CALLED,
     CALLS,
@@ -23,7 +24,7 @@ from kgdbx.errors import MachineError
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import configure
 from kgdbx.probes.definition import parse_definition
-from kgdbx.session import Refused, Session
+from kgdbx.session import Refused
 from kgdbx.trace.binary import FILE_HEADER, FRAME_HEADER, FrameType
 from kgdbx.trace.recording_writer import RecordingWriter
 
@@ -104,7 +105,7 @@ def _ring() -> Iterator[Figure]:
     with (
         clone(make_template(configure("6.1", smp=2))) as vm,
         tempfile.TemporaryDirectory(prefix="kgdbx-bench-") as directory,
-        Session.attach_vm(vm.info) as session,
+        attach_vm(vm.info) as session,
     ):
         path = Path(directory) / "events"
         engine, reader = session.resident.engine, session.resident.reader
@@ -165,7 +166,7 @@ def _many(rounds: int) -> Iterator[Figure]:
     attach, detach = [], []
     with clone(make_template(configure("6.1", smp=2))) as vm:
         for _ in range(rounds):
-            with Session.attach_vm(vm.info) as session:
+            with attach_vm(vm.info) as session:
                 names = [
                     name
                     for name in session.kernel.vmlinux.function_names

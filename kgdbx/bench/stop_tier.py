@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.figure import Figure, figure, ratio
 from kgdbx.errors import MachineError
 from kgdbx.gdb_launch import gdb_argv
@@ -137,13 +138,13 @@ def _samples(
 
 
 def _headless(vm: Vm, column: str, function: str) -> float:
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         return hits_per_second(session, column, function)
 
 
 def _roundtrips(vm: Vm, function: str) -> float:
     # The least that a stop can cost on this stub: note it, move past the breakpoint, go on.
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         target = session.target
         address = session.kernel.functions(function)[0].address
         target.insert_breakpoint(BreakpointKind.SOFTWARE, address)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from drgn.helpers.linux.list import list_for_each_entry
 
+from kgdbx.attach import attach_vm
 from kgdbx.bench.figure import Figure, figure
 from kgdbx.errors import MachineError
 from kgdbx.machine.snapshot import clone, make_template
@@ -79,7 +80,7 @@ def measure(minutes: float) -> Iterator[Figure]:
     :raises MachineError: if a count is wrong, the kernel complains, or something of ours stays
     """
     with clone(make_template(configure("6.1", smp=4, modules=("dummy",)))) as vm:
-        with Session.attach_vm(vm.info) as session:
+        with attach_vm(vm.info) as session:
             session.resident.reader.makes_events = False
             placed = _place(vm, session)
             before = _kernel_counts(session)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import gdb
 
+from kgdbx.attach import attach, open_ram
 from kgdbx.errors import CommandError, TargetError
 from kgdbx.gdb.kgdb import attach_connected, attach_line
 from kgdbx.gdb.poll import Poller
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
-from kgdbx.session import Session, open_ram
+from kgdbx.session import Session
 from kgdbx.target.gdb_inferior import GdbTarget
 from kgdbx.target.gdb_kgdb import GdbKgdbTarget, is_kgdb
 from kgdbx.target.rsp import release_stub
@@ -72,7 +73,7 @@ def _attach(where: str, vmlinux: str | None, sysrq: str | None) -> tuple[Session
     modules = info.debug_modules if info is not None else None
     target = GdbTarget(ram=ram)
     journal = info.journal if info is not None else None
-    session = Session.attach(target, path, debug_modules=modules, ram=ram, journal=journal)
+    session = attach(target, path, debug_modules=modules, ram=ram, journal=journal)
     return session, target, path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gdb
 
+from kgdbx.attach import attach
 from kgdbx.errors import CommandError, TargetError
 from kgdbx.gdb.python import python_of_gdb
 from kgdbx.machine.info import VmInfo
@@ -77,7 +78,7 @@ def _attach(
 ) -> tuple[Session, GdbKgdbTarget, Path]:
     target = GdbKgdbTarget(name)
     modules = info.debug_modules if info is not None else None
-    session = Session.attach(target, path, debug_modules=modules)
+    session = attach(target, path, debug_modules=modules)
     if not breaks_in:
         gdb.write(_NO_WAY_IN)
     return session, target, path

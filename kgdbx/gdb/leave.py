@@ -16,18 +16,18 @@ __all__ = ("leave",)
 _RELEASE = """
 import sys
 import time
+from kgdbx.attach import attach_vm, connect
 from kgdbx.errors import KgdbxError
 from kgdbx.machine.info import list_infos
-from kgdbx.session import Session
 from kgdbx.target.rsp import RspTarget
 where, vmlinux = sys.argv[1:]
 for _ in range(5):
     try:
         vm = next((i for i in list_infos() if str(i.gdb_socket) == where), None)
         if where.startswith("kgdb:"):
-            Session.connect(where, vmlinux).close()
+            connect(where, vmlinux).close()
         else:
-            (RspTarget(where) if vm is None else Session.attach_vm(vm)).close()
+            (RspTarget(where) if vm is None else attach_vm(vm)).close()
         break
     except KgdbxError:
         time.sleep(1)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from kgdbx.errors import SymbolError
 from kgdbx.resident.clock import IDENTITY
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.reader import EventReader
@@ -41,7 +42,7 @@ class StopClock:
         if kernel.target.capabilities.writes_code:
             try:
                 self._tick = LastTick(kernel)
-            except (AttributeError, LookupError):
+            except (AttributeError, LookupError, SymbolError):
                 self._tick = None  # the host's clock, then
 
     def ns(self, tsc: int | None = None) -> int:

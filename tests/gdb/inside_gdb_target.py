@@ -9,11 +9,11 @@ import gdb
 import pytest
 
 import kgdbx.gdb  # loads drgn apart from gdb's own libdw
+from kgdbx.attach import open_ram
 from kgdbx.machine.vm import Vm
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
 from kgdbx.probes.manager import ProbeManager
-from kgdbx.session import open_ram
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
 from kgdbx.target.gdb_inferior import GdbTarget

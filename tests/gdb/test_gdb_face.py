@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.commands import session as session_commands
 from kgdbx.commands.session import SESSION_COMMANDS
 from kgdbx.gdb_launch import gdb_argv
 from kgdbx.machine.agent import Command
 from kgdbx.machine.cache import wait_until
 from kgdbx.machine.vm import Vm
-from kgdbx.session import Session
 
 ROOT = Path(__file__).parent.parent.parent
 FUNCTION = "__x64_sys_getpgid"
@@ -57,7 +57,7 @@ def test_the_documented_command_line(vm: Vm) -> None:
     argv += ["-ex", f"kgdbx attach {vm.name}", "-ex", "info line do_sys_openat2"]
     done = subprocess.run([*argv, str(vm.info.vmlinux)], capture_output=True, text=True, timeout=60)
     assert f"Linux {vm.info.release} on 4 vCPUs, KASLR slide 0x" in done.stdout, done.stderr
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         address = session.kernel.functions("do_sys_openat2")[0].address
     assert f"{address:#x}" in done.stdout  # gdb's own symbols follow KASLR
     assert is_unpatched(vm)
@@ -150,7 +150,7 @@ def test_errors_without_a_kernel() -> None:
 
 
 def test_a_vm_with_another_debugger_is_refused_soon(vm: Vm) -> None:
-    with Session.attach_vm(vm.info):
+    with attach_vm(vm.info):
         assert "serves one debugger at a time" in run_gdb(f"kgdbx attach {vm.name}")
     assert is_unpatched(vm)
 
@@ -211,7 +211,7 @@ def test_killed_gdb_leaves_a_guest_that_can_be_attached(endless: Vm) -> None:
         while "p___x64" not in process.stdout.readline():
             assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
-    with Session.attach_vm(endless.info):
+    with attach_vm(endless.info):
         pass  # takes out what was left
     assert is_unpatched(endless)
 

@@ -18,6 +18,7 @@ LAYERS = (
     {"machine"},
     {"leaks"},
     {"endings", "gdb_launch", "session"},
+    {"attach"},
     {"doctor"},
     {"render"},
     {"bench"},

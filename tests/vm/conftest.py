@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kgdbx.arch.instruction import decode_all, format_instruction
+from kgdbx.attach import attach_vm
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
@@ -55,7 +56,7 @@ def guest_of(clone_of: Callable[..., Vm]) -> Iterator[Callable[..., Guest]]:
 
         def make(kernel: str = "6.1", smp: int = 2, **settings: Any) -> Guest:
             vm = clone_of(kernel, smp, **settings)
-            return Guest(vm, stack.enter_context(Session.attach_vm(vm.info)))
+            return Guest(vm, stack.enter_context(attach_vm(vm.info)))
 
         yield make
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+from kgdbx.attach import attach_vm
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session
 
@@ -22,7 +23,7 @@ def total(each: Any) -> int:
 
 
 def test_exact_on_all_cpus(vm: Vm) -> None:
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         for text in (
             f"p {FUNCTION} @calls[$comm,$cpu] = count()",
             f"p {FUNCTION} @sum = sum($cpu*3-1)",

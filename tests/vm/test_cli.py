@@ -13,9 +13,9 @@ from typing import IO
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.machine.cache import wait_until
 from kgdbx.machine.vm import Vm, list_vms
-from kgdbx.session import Session
 
 EXAMPLES = Path(__file__).parent.parent.parent / "gdb_scripts" / "examples"
 FUNCTION = "__x64_sys_getpgid"
@@ -115,7 +115,7 @@ def test_killed_then_attached_again(endless: Vm) -> None:
         assert run.stdout is not None
         assert "call:" in run.stdout.readline()
         run.kill()
-    with Session.attach_vm(endless.info):
+    with attach_vm(endless.info):
         pass  # takes out what was left
     assert is_unpatched(endless)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.errors import MemoryFault, TargetLost
 from kgdbx.machine.vm import Vm
 from kgdbx.probes.event import Event
@@ -24,7 +25,7 @@ def vm(clone_of: Callable[..., Vm]) -> Vm:
 
 @pytest.fixture
 def session(vm: Vm) -> Iterator[Session]:
-    with Session.attach_vm(vm.info) as it:
+    with attach_vm(vm.info) as it:
         yield it
 
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kgdbx.attach import attach_vm
 from kgdbx.machine.vm import Vm
-from kgdbx.session import Refused, Session
+from kgdbx.session import Refused
 from kgdbx.trace.functions import definitions
 from kgdbx.trace.recording import Lost, Recording
 
@@ -151,7 +152,7 @@ def test_refusals_are_told(vm: Vm) -> None:
 
 
 def test_a_thousand_functions_leave_nothing_behind(vm: Vm) -> None:
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         start = session.kernel.address("_stext")
         size = session.kernel.address("_etext") - start
         before = session.kernel.memory.read(start, size)

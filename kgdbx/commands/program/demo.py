@@ -3,6 +3,7 @@
 import argparse
 from typing import TextIO
 
+from kgdbx.attach import attach_vm
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.listing import PROBE_COLUMNS, probe_rows
@@ -12,7 +13,6 @@ from kgdbx.machine.kernels import FLAVOURS
 from kgdbx.machine.vm import configure, launch
 from kgdbx.probes.jprobe import Jprobe
 from kgdbx.render import pick_style, table
-from kgdbx.session import Session
 from kgdbx.trace.text import event_line
 
 _WORKLOAD = "cat /etc/hostname /nowhere"
@@ -50,7 +50,7 @@ def demo(out: TextIO, args: argparse.Namespace) -> int:
         say(vm.execute("uname -srv").output.rstrip())
 
         heading("Attach to QEMU's gdbstub")
-        with Session.attach_vm(vm.info) as session:
+        with attach_vm(vm.info) as session:
             kernel = session.kernel
             say(f"KASLR slide {kernel.slide:#x}, build ID {kernel.vmlinux.build_id}")
             entry = kernel.functions("do_sys_openat2")[0].address
@@ -77,7 +77,7 @@ def demo(out: TextIO, args: argparse.Namespace) -> int:
             say(table(PROBE_COLUMNS, probe_rows(list(session.probes)), style))
 
         heading("Detached: the guest runs on, unpatched")
-        with Session.attach_vm(vm.info) as session:
+        with attach_vm(vm.info) as session:
             same = session.kernel.read_code(entry, 64) == before
         say(f"do_sys_openat2's code is {'what it was' if same else 'CHANGED'}")
         say(vm.execute("echo the guest is alive").output.rstrip())

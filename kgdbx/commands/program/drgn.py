@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from drgn.cli import run_interactive
 
+from kgdbx.attach import open_core
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
 from kgdbx.commands.registry import argument
@@ -114,4 +115,4 @@ def _open(args: argparse.Namespace) -> Session:
         return open_session(args)
     if not args.vmlinux or args.vm or args.connect:
         raise CommandError("--core FILE needs --vmlinux FILE, and no other kernel")
-    return Session.open_core(Path(args.core), Path(args.vmlinux).expanduser())
+    return open_core(Path(args.core), Path(args.vmlinux).expanduser())

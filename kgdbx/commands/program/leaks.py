@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from kgdbx.attach import open_core
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, is_over_kgdb, open_session
 from kgdbx.commands.registry import argument
@@ -173,7 +174,7 @@ def _open(args: argparse.Namespace) -> Session:
     if getattr(args, "core", None):
         if not args.vmlinux or args.vm or args.connect:
             raise CommandError("--core FILE needs --vmlinux FILE, and no other kernel")
-        return Session.open_core(Path(args.core), Path(args.vmlinux).expanduser())
+        return open_core(Path(args.core), Path(args.vmlinux).expanduser())
     if is_over_kgdb(args):
         raise Unsupported(
             "a scan reads all of the kernel's memory, two days for each GiB over a serial line; "

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from kgdbx.attach import connect
 from kgdbx.commands.buffer import BUFFER_ARGUMENT, tell_buffer, use_buffer
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
@@ -80,7 +81,7 @@ def open_session(args: argparse.Namespace) -> Session:
     where = where_of(args.vm or args.connect, kgdb=args.kgdb)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, raise_interrupt)
-    session = Session.connect(where, args.vmlinux, sysrq=args.sysrq)
+    session = connect(where, args.vmlinux, sysrq=args.sysrq)
     if session.recovery is not None:
         print(f"kgdbx: {session.recovery.text}", file=sys.stderr)
     return session
@@ -93,7 +94,7 @@ def is_over_kgdb(args: argparse.Namespace) -> bool:
 
 
 def where_of(where: str, *, kgdb: bool) -> str:
-    """What :meth:`~kgdbx.session.Session.connect` takes for a VM or a line.
+    """What :func:`~kgdbx.attach.connect` takes for a VM or a line.
 
     :param kgdb: over KGDB
     """

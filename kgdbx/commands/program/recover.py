@@ -3,10 +3,10 @@
 import argparse
 from typing import TextIO
 
+from kgdbx.attach import attach_vm
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.machine.vm import find_vm
-from kgdbx.session import Session
 
 
 @PROGRAM_COMMANDS.command(
@@ -17,7 +17,7 @@ from kgdbx.session import Session
     arguments=(argument("vm", metavar="NAME", completes="vm"),),
 )
 def recover(out: TextIO, args: argparse.Namespace) -> int:
-    with Session.attach_vm(find_vm(args.vm).info) as session:
+    with attach_vm(find_vm(args.vm).info) as session:
         done = session.recovery
     print(done.text if done is not None else "there is nothing to undo", file=out)
     return 1 if done is not None and done.conflicts else 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_kgdb
 from kgdbx.machine.sysrq import sysrq_g
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session
@@ -24,7 +25,7 @@ def kgdb_vm(clone_of: Callable[..., Vm]) -> Vm:
 @pytest.fixture
 def attached(kgdb_vm: Vm) -> Iterator[Session]:
     """A session over its serial line."""
-    with Session.attach_kgdb(kgdb_vm.info) as session:
+    with attach_kgdb(kgdb_vm.info) as session:
         yield session
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from drgn.helpers.linux.pid import for_each_task
 
+from kgdbx.attach import attach, attach_kgdb, connect
 from kgdbx.errors import CommandError, TargetError, TargetTimeout, Unsupported
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session
@@ -37,7 +38,7 @@ def test_tasks_are_listed_with_few_packets(kgdb_vm: Vm, attached: Session) -> No
 
 
 def test_a_debugger_that_died_leaves_nothing(kgdb_vm: Vm) -> None:
-    session = Session.attach_kgdb(kgdb_vm.info)
+    session = attach_kgdb(kgdb_vm.info)
     target, kernel = session.target, session.kernel
     probed = kernel.address("__x64_sys_getpgid")
     target.insert_breakpoint(BreakpointKind.SOFTWARE, probed)
@@ -48,7 +49,7 @@ def test_a_debugger_that_died_leaves_nothing(kgdb_vm: Vm) -> None:
     line = target.connection.line
     assert select.select([line], [], [], 60)[0], "no stop reply"
     line.close()  # as if it was killed: the kernel stands, and waits for the rest of its life
-    with Session.attach_kgdb(kgdb_vm.info) as again:
+    with attach_kgdb(kgdb_vm.info) as again:
         assert again.target.read_registers(again.target.interrupt().cpu).rip == probed
     assert command.wait(60).output.startswith("5 ")
     assert still_runs(kgdb_vm)
@@ -65,9 +66,9 @@ def test_a_kernel_that_runs_needs_a_way_in(kgdb_vm: Vm) -> None:
             target.interrupt()
     assert started.wait(60).status == 0
     with pytest.raises(CommandError, match="give the vmlinux"):
-        Session.connect(f"kgdb:{line}")
+        connect(f"kgdb:{line}")
     with pytest.raises(CommandError, match="--sysrq is for KGDB"):
-        Session.connect(f"{line}", sysrq="/dev/ttyS0")
+        connect(f"{line}", sysrq="/dev/ttyS0")
     assert still_runs(kgdb_vm)
 
 
@@ -105,7 +106,7 @@ def test_a_tty(kgdb_vm: Vm, tty: str) -> None:
     with pytest.raises(TargetError, match="no speed"):
         SerialLine(f"{tty},12345", 1.0)
     target = KgdbTarget(f"{tty},115200", answer_s=30.0)
-    with Session.attach(target, Path(vmlinux)) as session:
+    with attach(target, Path(vmlinux)) as session:
         banner = session.kernel.memory.read_string(session.kernel.address("linux_banner"))
         assert kgdb_vm.info.release.encode() in banner
     assert started.wait(60).status == 0

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm, open_ram
 from kgdbx.leaks.scan import Scan, scan_heap
 from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.vm import Vm
-from kgdbx.session import Session, open_ram
 
 MODULES = ("planted_leaks", "hidden_references", "left_behind", "lost_fragments")
 
@@ -34,7 +34,7 @@ class Planted:
 
     def scan(self) -> Scan:
         """Stop the guest and scan it."""
-        with Session.attach_vm(self.vm.info) as session, open_ram(self.vm.info) as ram:
+        with attach_vm(self.vm.info) as session, open_ram(self.vm.info) as ram:
             registers = [session.target.read_registers(cpu) for cpu in session.target.cpus()]
             return scan_heap(session.kernel, ram, registers)
 

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kgdbx.attach import attach_vm
 from kgdbx.leaks.dangling import find_dangling, ranges_in_use
 from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.snapshot import take_snapshot
-from kgdbx.session import Session
 
 
 def test_what_a_module_left_behind(planted_in: Callable[[str], Any]) -> None:
     guest = planted_in("6.12")
     guest.load("left_behind")
-    with Session.attach_vm(guest.vm.info) as session:
+    with attach_vm(guest.vm.info) as session:
         assert session.ram is not None
         heap = read_heap(session.kernel, session.ram)
         snapshot = take_snapshot(heap)
@@ -24,7 +24,7 @@ def test_what_a_module_left_behind(planted_in: Callable[[str], Any]) -> None:
     left, freed = guest.told("left"), guest.told("freed")
     assert sorted(left.values()) == ["callback", "notifier", "timer"]
     assert guest.vm.execute("rmmod left_behind").status == 0
-    with Session.attach_vm(guest.vm.info) as session:
+    with attach_vm(guest.vm.info) as session:
         heap = read_heap(session.kernel, session.ram)
         found, truncated = find_dangling(heap, None, module.ranges)
     assert not truncated

@@ -7,10 +7,10 @@ import pytest
 from drgn.helpers.linux.pid import find_task
 from drgn.helpers.linux.slab import find_slab_cache, slab_cache_for_each_allocated_object
 
+from kgdbx.attach import open_ram
 from kgdbx.leaks.blocks import BlockKind
 from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.pages import PageKind
-from kgdbx.session import open_ram
 
 
 @pytest.mark.parametrize(("kernel", "smp"), [("6.1", 4), ("6.12", 1)])

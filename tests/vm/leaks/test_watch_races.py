@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kgdbx.attach import attach_vm
 from kgdbx.leaks.watch import place_watch
 from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.vm import Vm
-from kgdbx.session import Session
 
 ROUNDS = 6
 SAID = re.compile(r"watch_busy: (\d+)")
@@ -72,7 +72,7 @@ def test_a_kgdbx_that_is_killed_leaves_nothing(clone_of: Callable[..., Vm]) -> N
 
 def text_of(vm: Vm) -> bytes:
     """The kernel's text, as a session that attaches anew sees it."""
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         kernel = session.kernel
         start = kernel.address("_stext")
         return kernel.memory.read(start, kernel.address("_etext") - start)

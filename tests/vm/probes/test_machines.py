@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.errors import MemoryFault
 from kgdbx.probes.event import Event
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
-from kgdbx.session import Session
 
 GuestOf = Callable[..., Any]
 CALLS = 23
@@ -44,7 +44,7 @@ def test_attached_while_every_cpu_is_in_user_mode(
     vm = clone_of("6.1", 2, cpu_model=cpu_model)
     vm.execute("for n in 1 2; do while :; do :; done & done")
     for _ in range(3):
-        with Session.attach_vm(vm.info) as session:
+        with attach_vm(vm.info) as session:
             target = session.target
             modes = [target.read_registers(cpu).cs & 3 for cpu in target.cpus()]
             tasks = [session.kernel.current.task(target.read_registers(c)) for c in target.cpus()]

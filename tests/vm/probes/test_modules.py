@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach
 from kgdbx.errors import ProbeError, SymbolError
 from kgdbx.machine.kernels import find_kernel
 from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
 from kgdbx.probes.probe import State
-from kgdbx.session import Session
 from kgdbx.target.rsp import RspTarget
 
 GuestOf = Callable[..., Any]
@@ -127,7 +127,7 @@ def test_debug_file_of_another_build(clone_of: Callable[..., Any], tmp_path: Pat
     (tmp_path / "loop.ko").symlink_to(next(wrong.rglob("loop.ko*")))
     vm.execute("modprobe loop")
     target = RspTarget(str(vm.info.gdb_socket))
-    with Session.attach(target, vm.info.vmlinux, debug_modules=tmp_path) as session:
+    with attach(target, vm.info.vmlinux, debug_modules=tmp_path) as session:
         with pytest.raises(SymbolError) as caught:
             session.register(Jprobe("loop:loop_add", lambda: None))
         assert str(caught.value).startswith(

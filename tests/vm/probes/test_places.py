@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.errors import ProbeError
 from kgdbx.machine.vm import configure, launch
 from kgdbx.probes.event import Event
@@ -14,7 +15,6 @@ from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
 from kgdbx.resident.place.displacement import CannotDisplace
-from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.tasks import Task
 
@@ -66,7 +66,7 @@ def test_from_the_first_c_function_on() -> None:
     # Kernel 6.1 alone: unpacking 6.12 takes half a minute with a breakpoint at each place where
     # KASLR may put it.
     order: list[tuple[str, int, str, str]] = []
-    with launch(configure("6.1", smp=2), paused=True) as vm, Session.attach_vm(vm.info) as session:
+    with launch(configure("6.1", smp=2), paused=True) as vm, attach_vm(vm.info) as session:
         banner = session.kernel.program["linux_banner"].string_().decode()
         assert banner.startswith("Linux version 6.1.")
         assert session.kernel.program["init_task"].comm.string_() == b"swapper"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm, connect
 from kgdbx.machine.vm import Vm
 from kgdbx.probes.definition import parse_definition
 from kgdbx.probes.event import Event
-from kgdbx.session import Session
 
 GuestOf = Callable[..., Any]
 CALL = "__x64_sys_getpgid"
@@ -151,7 +151,7 @@ def test_full_rings(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kgdbx.resident.ring.MAX_BLOCK_BYTES", 4096)  # two chunks each
     guest = guest_of(smp=4)
     guest.session.close()
-    with Session.attach_vm(guest.vm.info) as session:
+    with attach_vm(guest.vm.info) as session:
         engine = session.resident.engine
         engine.ring_bytes = 8192
         events: list[Event] = []
@@ -193,7 +193,7 @@ def test_both_tiers_have_one_clock(guest_of: GuestOf) -> None:
 
 def test_over_a_stub_alone(vm: Vm) -> None:
     # A QEMU that others started: its RAM cannot be mapped, and is read at stops.
-    with Session.connect(str(vm.info.gdb_socket), str(vm.info.vmlinux)) as session:
+    with connect(str(vm.info.gdb_socket), str(vm.info.vmlinux)) as session:
         assert not session.target.capabilities.reads_while_running
         start, end = (session.kernel.address(name) for name in ("_text", "_etext"))
         before = session.kernel.memory.read(start, end - start)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.resident.place.displace import busy_addresses, tasks_inside
 from kgdbx.resident.place.task_walk import TaskWalk
-from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
 
 KERNELS = ["6.1", "6.12"]
@@ -30,7 +30,7 @@ def test_every_frame_that_the_kernel_shows_is_found(clone_of: CloneOf, name: str
     shown = vm.execute("cd /proc; grep . [0-9]*/task/*/comm [0-9]*/task/*/stack 2>/dev/null; true")
     names = dict(re.findall(r"task/(\d+)/comm:(.*)", shown.output))
     frames = re.findall(r"task/(\d+)/stack:\[<0>\] ([\w.]+)\+(0x[0-9a-f]+)/", shown.output)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         kernel = session.kernel
         tasks = list(TaskWalk(kernel).tasks())
         assert len({task.address for task in tasks}) == len(tasks)
@@ -68,7 +68,7 @@ def test_messages_and_bounds(clone_of: CloneOf, name: str) -> None:
     vm = clone_of(name, 2)
     vm.start("sleep 1000")
     time.sleep(1)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         kernel = session.kernel
         start, end = range_of(kernel, "do_nanosleep")
         messages = tasks_inside(kernel, [(start, end)])
@@ -96,7 +96,7 @@ def test_tasks_under_way_are_found(clone_of: CloneOf, name: str) -> None:
     vm.start("for i in 1 2 3 4 5 6; do dd if=/dev/zero of=/dev/null bs=4k & done; wait")
     time.sleep(1)
     in_kernel = on_other_stack = 0
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         kernel = session.kernel
         entry = range_of(kernel, "do_syscall_64")
         stacks = {task.address: task for task in TaskWalk(kernel).tasks()}

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kgdbx.attach import attach_vm
 from kgdbx.machine.vm import Vm
 from kgdbx.session import Session
 
 KILLS = int(os.environ.get("KGDBX_TEST_KILLS", "3"))
 VICTIM = """
 import random, sys, time
+from kgdbx.attach import connect
 from kgdbx.probes.definition import parse_definition
-from kgdbx.session import Session
 
 DEFINITIONS = (
     "p:o do_sys_openat2 dfd filename:ustring",
@@ -28,7 +29,7 @@ DEFINITIONS = (
     "r:h __x64_sys_getpgid $retval",
 )
 random.seed(int(sys.argv[2]))
-session = Session.connect(sys.argv[1])
+session = connect(sys.argv[1])
 while True:
     start = time.monotonic()
     probes = session.define_many(map(parse_definition, DEFINITIONS[:4]), tier="resident")
@@ -42,9 +43,9 @@ while True:
 """
 HELD = """
 import sys
-from kgdbx.session import Session
+from kgdbx.attach import connect
 
-session = Session.connect(sys.argv[1])
+session = connect(sys.argv[1])
 session.define("r20:n do_nanosleep $retval", tier="resident")
 session.define('p:e do_nanosleep if $comm ~ "caller*"', tier="resident")
 print("up", flush=True)
@@ -92,7 +93,7 @@ def assert_no_oops(vm: Vm) -> None:
 
 def test_killed_at_random_moments(clone_of: Callable[..., Vm]) -> None:
     vm = clone_of("6.1", 4)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.recovery is None
         before = text_of(session)
     command = vm.start("caller 2 100000000 & caller 8 10000 100000")
@@ -102,7 +103,7 @@ def test_killed_at_random_moments(clone_of: Callable[..., Vm]) -> None:
         process, cycle_s = victim(VICTIM, vm, number)
         time.sleep(moments.random() * float(cycle_s))
         kill(process)
-        with Session.attach_vm(vm.info) as session:
+        with attach_vm(vm.info) as session:
             recovered += session.recovery is not None
             assert session.recovery is None or not session.recovery.conflicts
             assert text_of(session) == before
@@ -145,12 +146,12 @@ def test_journal_of_another_boot(clone_of: Callable[..., Vm]) -> None:
     journal: Path = vm.info.journal
     lines = journal.read_text().splitlines()
     first: dict[str, Any] = json.loads(lines[0])
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.recovery is not None and session.recovery.patches == 1
         before = text_of(session)
     first["slide"] += 0x1000000
     journal.write_text("\n".join((json.dumps(first), *lines[1:], "")))
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.recovery is not None
         assert (session.recovery.patches, session.recovery.freed_bytes) == (0, 0)
         assert text_of(session) == before
@@ -159,7 +160,7 @@ def test_journal_of_another_boot(clone_of: Callable[..., Vm]) -> None:
 
 def test_what_does_not_agree_stays_and_is_tried_again(clone_of: Callable[..., Vm]) -> None:
     vm = clone_of("6.1", 2)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         before = text_of(session)
     kill_holder(vm)
     journal: Path = vm.info.journal
@@ -170,7 +171,7 @@ def test_what_does_not_agree_stays_and_is_tried_again(clone_of: Callable[..., Vm
         if "patch" in line:
             line["from"], line["to"] = "9090909090", "cccccccccc"
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.recovery is not None and session.recovery.patches == 0
         assert "left as it is" in session.recovery.conflicts[0]
         assert text_of(session) != before
@@ -179,7 +180,7 @@ def test_what_does_not_agree_stays_and_is_tried_again(clone_of: Callable[..., Vm
     kept = journal.with_name(f"{journal.name}.1")
     assert kept.exists() and not journal.exists()
     kept.write_text(true)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.recovery is not None
         assert (session.recovery.patches, session.recovery.conflicts) == (1, [])
         assert text_of(session) == before

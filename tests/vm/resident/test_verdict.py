@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach_vm
 from kgdbx.errors import DefinitionError, ProbeError, SymbolError
 from kgdbx.probes.event import Event
 from kgdbx.probes.probe import State
 from kgdbx.resident.compile.link import CompileError, LinkError
-from kgdbx.session import Session
 
 GuestOf = Callable[..., Any]
 GETPGID = "__x64_sys_getpgid"
@@ -257,7 +257,7 @@ def test_session_ends_while_a_replacement_sleeps(clone_of: Any, tmp_path: Path) 
         "{\n\tmsleep(700);\n\treturn kgdbx_original(dfd, filename, how);\n}\n"
     )
     vm = clone_of("6.1", 2)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         probe = session.replace("do_sys_openat2", path, condition='$comm == "cat"')
         command = vm.start("cat /proc/sys/kernel/ostype")
         end = time.monotonic() + 20
@@ -329,7 +329,7 @@ def test_on_and_off_under_load(guest_of: GuestOf, source: Callable[[str], Path])
 
 def test_command_and_a_kill_in_the_middle(clone_of: Any, source: Callable[[str], Path]) -> None:
     vm = clone_of("6.1", 2)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         start = session.kernel.address("_stext")
         size = session.kernel.address("_etext") - start
         text = session.kernel.memory.read(start, size)
@@ -352,7 +352,7 @@ def test_command_and_a_kill_in_the_middle(clone_of: Any, source: Callable[[str],
         line = process.stderr.readline()
         assert line.startswith(f"Probe 1 (replace/{GETPGID})"), line
         process.send_signal(signal.SIGKILL)
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         assert session.recovery is not None and session.recovery.patches == 1
         assert session.kernel.memory.read(start, size) == text
     assert vm.execute("caller 1 10").status == 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kgdbx.attach import attach, attach_vm
 from kgdbx.errors import BuildIdMismatch, ProbeError, SymbolError
 from kgdbx.machine.kernels import find_kernel
 from kgdbx.probes.jprobe import Jprobe
@@ -19,15 +20,15 @@ from kgdbx.target.rsp import RspTarget
 CloneOf = Callable[..., Any]
 
 
-def attach(vm: Any, vmlinux: Path) -> Session:
-    return Session.attach(RspTarget(str(vm.info.gdb_socket)), vmlinux)
+def attach_to(vm: Any, vmlinux: Path) -> Session:
+    return attach(RspTarget(str(vm.info.gdb_socket)), vmlinux)
 
 
 def test_vmlinux_of_another_kernel(clone_of: CloneOf) -> None:
     vm = clone_of("6.1", 2)
     other = find_kernel("6.12").vmlinux
     with pytest.raises(BuildIdMismatch) as caught:
-        attach(vm, other)
+        attach_to(vm, other)
     running = ElfSymbols(vm.info.vmlinux).build_id
     assert caught.value.expected == ElfSymbols(other).build_id
     assert caught.value.found == running
@@ -45,7 +46,7 @@ def test_vmlinux_without_debug_information(clone_of: CloneOf, tmp_path: Path) ->
         ["objcopy", "--strip-debug", str(vm.info.vmlinux), str(stripped)], check=True, timeout=60
     )
     message = f"{stripped} has no debug information; install the kernel's -dbg package"
-    with attach(vm, stripped) as session:
+    with attach_to(vm, stripped) as session:
         # Addresses and registers work; whatever has a type says what is missing.
         assert session.kernel.symbolize(session.kernel.address("vfs_read")).startswith("vfs_read+")
         bare = session.register(Kprobe("__x64_sys_getpgid", lambda regs: None))
@@ -68,7 +69,7 @@ def test_kaslr_slide_and_objects(clone_of: CloneOf, kernel: str) -> None:
     vm = clone_of(kernel, 2)
     listed = vm.execute("grep -E ' (vfs_read|_stext|jiffies)$' /proc/kallsyms").output
     release = vm.execute("uname -r").output.strip()
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         kernel_ = session.kernel
         for line in listed.splitlines():
             address, _, name = line.split()
@@ -88,7 +89,7 @@ def test_module_symbols(clone_of: CloneOf) -> None:
     vm = clone_of("6.1", 2, modules=("dummy",))
     vm.execute("modprobe dummy")
     listed = vm.execute("grep -E ' dummy_(setup|xmit)\\s.dummy.$' /proc/kallsyms").output
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         module = session.kernel.modules.find("dummy")
         assert module is not None
         assert len(listed.splitlines()) == 2

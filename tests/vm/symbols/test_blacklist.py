@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kgdbx.session import Session
+from kgdbx.attach import attach_vm
 from kgdbx.symbols.blacklist import Blacklist
 
 # Refused here, allowed by kprobes, which single-step copies.
@@ -26,7 +26,7 @@ def test_same_as_the_kernels(clone_of: Callable[..., Any], name: str) -> None:
         start, end = (int(bound, 16) for bound in bounds.split("-"))
         ranges.append((start, end, function))
     assert len(ranges) > 300
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         kernel = session.kernel
         blacklist = Blacklist(kernel)
         for start, end, function in ranges:
@@ -55,7 +55,7 @@ def test_modules(clone_of: Callable[..., Any]) -> None:
     vm = clone_of("6.1", 2, modules=("tun", "kvm"))
     assert vm.execute("modprobe tun && modprobe kvm").status == 0
     listed = vm.execute("cat /sys/kernel/debug/kprobes/blacklist").output
-    with Session.attach_vm(vm.info) as session:
+    with attach_vm(vm.info) as session:
         blacklist = Blacklist(session.kernel)
         modules = tuple(session.kernel.modules)
         assert modules
