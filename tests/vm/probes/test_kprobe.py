@@ -272,8 +272,8 @@ def test_slow_handler_is_ended(guest: Any) -> None:
     assert probe.nfaults == 5
     assert {type(f.error) for f in probe.faults} == {HandlerTimeout}
     assert str(probe.faults[0].error) == (
-        "handlers ran longer than 0.5 s with the guest stopped; do the work on a queue after "
-        "the hit, or raise the limit (handler_limit_s)"
+        "handlers ran longer than 0.5 s with the guest stopped; do the work after the hit, or "
+        "set session.probes.handler_limit_s in start(session) of the script"
     )
 
 
