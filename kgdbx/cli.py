@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)  # so that sessions are closed and VMs are stopped
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end)  # so that sessions are closed and VMs are stopped
     at_interrupt = signal.getsignal(signal.SIGINT)
     try:
         if at_interrupt is signal.SIG_DFL:

@@ -44,7 +44,8 @@ def raise_interrupt(signum: int, frame: FrameType | None) -> None:
 def stop_on_signals(target: Target, done: threading.Event, events: EventQueue) -> Iterator[None]:
     """While the block runs, ^C sets *done* and stops the target where nothing is half done.
 
-    So do requests to end the process, which then goes on with its way out.
+    So do requests to end the process, which then goes on with its way out; not what the process
+    was started to ignore, as by nohup(1).
 
     :raises SystemExit: after the block, if the process was asked to end
     """
@@ -59,7 +60,8 @@ def stop_on_signals(target: Target, done: threading.Event, events: EventQueue) -
         events.hurry = True
         target.request_stop()
 
-    previous = {number: signal.signal(number, note) for number in _ENDING}
+    heard = [n for n in _ENDING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     except KeyboardInterrupt:

@@ -218,8 +218,10 @@ def test_killed_gdb_leaves_a_guest_that_can_be_attached(endless: Vm) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_gdb_that_is_ended_lets_the_guest_run_on(endless: Vm, number: signal.Signals) -> None:
+    # The tests may run under nohup, and gdb heeds that.
+    argv = ["env", f"--default-signal={number.name}", *gdb_argv(load=True)]
     with subprocess.Popen(
-        gdb_argv(load=True), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(f"kgdbx attach {endless.name}\nkgdbx kprobe {FUNCTION}\ncontinue\n")

@@ -78,3 +78,10 @@ def test_clean(empty_host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "removed 2 templates, and 1 dead VMs" in capsys.readouterr().err
     assert not dead.exists()
     assert not list(templates.iterdir())
+
+
+def test_nohup_is_heeded(empty_host: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert main(["vm", "stop"]) == 2
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
