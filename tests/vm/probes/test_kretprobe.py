@@ -184,7 +184,7 @@ def test_function_that_never_returns(guest: Any) -> None:
     assert len(rp.active_instances) == entry.hits - rp.abandoned <= 2
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+@pytest.mark.parametrize("kernel", ["6.12"])
 def test_exec_returns_in_another_address_space(guest_of: GuestOf, kernel: str) -> None:
     guest = guest_of(kernel)
     seen = []

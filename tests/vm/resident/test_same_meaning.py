@@ -104,7 +104,7 @@ def differences(stop: Event, resident: Event) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+@pytest.mark.parametrize("kernel", ["6.12"])
 def test_both_tiers_see_the_same(guest_of: GuestOf, kernel: str) -> None:
     guest = guest_of(kernel)
     both = run_both(guest, "opener 2 6; opener 2 4 /no/such/file")
