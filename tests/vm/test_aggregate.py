@@ -35,7 +35,7 @@ def test_exact_on_all_cpus(vm: Vm) -> None:
             f"p {FUNCTION} @stacks[$kstack:2,$func] = count()",
             f"p:bad {FUNCTION} @bad[+0(0x1000):u32] = count()",
             f"r {FUNCTION} @slow = hist($duration_ns)",
-            f"r {FUNCTION} @many[$duration_ns] = lhist($retval, 0, 1000, 1)",
+            f"r {FUNCTION} @many[regs->si] = lhist($retval, 0, 1000, 1)",
             f"r {FUNCTION} @result[$retval>0] = count()",
         ):
             session.define(text, tier="resident")

@@ -1,7 +1,8 @@
 /*
  * caller THREADS CALLS [MICROSECONDS]: make a cheap system call exactly CALLS times in all.
  *
- * The calls, getpgid(0), are dealt out evenly over THREADS threads, each bound to a CPU of its own
+ * The calls, getpgid(0) with the number of the call as an argument that it does not look at, are
+ * dealt out evenly over THREADS threads, each bound to a CPU of its own
  * as far as there are enough. With MICROSECONDS each call is instead clock_nanosleep() of that
  * time, which sleeps inside of the kernel, and the threads are bound to no CPU. Prints the calls
  * made and the nanoseconds that a call took.
@@ -45,7 +46,7 @@ static void *call(void *data)
 		if (microseconds)
 			syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &sleep, NULL);
 		else
-			syscall(SYS_getpgid, 0);
+			syscall(SYS_getpgid, 0, i);
 	}
 	return NULL;
 }

@@ -379,21 +379,31 @@ def test_division_truncates_as_in_c(program: drgn.Program, a: int, b: int) -> No
     assert evaluate(parse_expression("a % b"), scope).value_() == a - b * quotient
 
 
-PIECES = (
+OPERANDS = (
     "file first bad gone count text pair null 1 -1 0x7fffffffffffffff %di %si $stack $comm $pid "
-    "-> . [ ] ( ) + - * / % << >> & | ~ ! == < && ? : (u8) (struct\tfile\t*) sizeof +8( -8( +u0( "
-    '@jiffies flags dentry raw name "s" GREEN (int) (struct\tfile) nope use'
+    '@jiffies (*file) "s" GREEN nope sizeof(int) +8(%di) -8(%si) +u0(text) file->dentry'
+)
+OPERATORS = "+ - * / % << >> & | ^ == != < >= && ||"
+FORMS = "-{} ~{} !{} (u8){} (struct\tfile\t*){} ({})->flags ({}).raw ({})[1] ({})->nope use({}) {}"
+expressions = st.recursive(
+    st.sampled_from(OPERANDS.split(" ")),
+    lambda inner: st.one_of(
+        st.builds(str.format, st.sampled_from(FORMS.split(" ")), inner),
+        st.builds("({0}{1}{2})".format, inner, st.sampled_from(OPERATORS.split(" ")), inner),
+        st.builds("({0}?{1}:{2})".format, inner, inner, inner),
+    ),
+    max_leaves=5,
 )
 
 
-@given(st.lists(st.sampled_from(PIECES.split(" ")), max_size=8).map("".join))
+@given(expressions)
 def test_evaluation_raises_nothing_foreign(program: drgn.Program, text: str) -> None:
     scope = FakeScope(program)
     try:
         (field,) = parse_definition(f"r f x={text}:s32 if {text}").fields
         expr = parse_expression(text)
     except KgdbxError:
-        assume(False)
+        return
     compile_fields([field, parse_definition(f"r f y={text}").fields[0]])(scope)
     for use in (compile_condition(expr), lambda scope: locate(expr, scope)):
         try:
