@@ -10,8 +10,10 @@ from pathlib import Path
 from kgdbx.bench.figure import Figure, figure
 from kgdbx.errors import MachineError
 from kgdbx.resident.compile.codegen import Body
+from kgdbx.resident.compile.kernel_facts import KernelFacts
 from kgdbx.resident.compile.link import compile_unit
-from kgdbx.resident.compile.unit import KernelFacts, StubCall, Unit
+from kgdbx.resident.compile.stub import StubCall, site_stub
+from kgdbx.resident.compile.unit import Unit
 from kgdbx.resident.ring import Stream
 
 __all__ = ("entry_cost",)
@@ -47,7 +49,7 @@ def _image() -> tuple[bytes, int]:
     unit = Unit(_FACTS, {})
     stream = Stream(_SLOT_BYTES, _SLOTS, _SLOTS, False, _POSITION, _CONTROL)
     handler = unit.handler("p", _ONE_FIELD, stream)
-    unit.site(0, [StubCall(_PROBE, handler)], 16)
+    unit.add(site_stub(0, [StubCall(_PROBE, handler)], 16))
     linked = compile_unit(unit.text).link(_CODE, 0, lambda name: 0)
     code = bytearray(linked.code)
     tail = linked.symbols["tail_0"]

@@ -4,9 +4,10 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from kgdbx.resident.clock import SAMPLE_SOURCE
-from kgdbx.resident.compile.decision import ORIGINAL, STACK
+from kgdbx.resident.compile.decision import ORIGINAL, STACK, STACK_SOURCE
 from kgdbx.resident.compile.link import Linked, compile_unit
-from kgdbx.resident.compile.unit import RETURN_STUB_BYTES, STACK_SOURCE, StubCall, Unit
+from kgdbx.resident.compile.stub import RETURN_STUB_BYTES, StubCall, return_stubs, site_stub
+from kgdbx.resident.compile.unit import Unit
 from kgdbx.resident.guest_call import GuestCaller
 from kgdbx.resident.holding import Holding
 from kgdbx.resident.host import HostView
@@ -61,7 +62,7 @@ class Builder:
                 for p in site.programs
             ]
             room = len(site.displacement.original) + _TAIL_SLACK_BYTES
-            unit.site(numbers[address], calls, room)
+            unit.add(site_stub(numbers[address], calls, room))
         compiled = compile_unit(unit.text)
         code = holding.take_code(self._caller, compiled.code_bytes)
         linked = compiled.link(code, 0, holding.resolve)
@@ -146,8 +147,10 @@ def _add_handler(unit: Unit, holding: Holding, program: Program) -> None:
     kind = "full" if program.keeps_all else program.kind
     program.handler = unit.handler(kind, program.body, to)
     if program.kind == "r":
-        unit.return_stubs(
-            program.id, program.handler, program.slots, program.maxactive, program.slot_bytes
+        unit.add(
+            return_stubs(
+                program.id, program.handler, program.slots, program.maxactive, program.slot_bytes
+            )
         )
 
 

@@ -8,7 +8,7 @@ from kgdbx.errors import ProbeError
 from kgdbx.resident.bells import Bells, make_bells
 from kgdbx.resident.clock import Clock, clock_from_sample
 from kgdbx.resident.compile.aggregate import MapShape
-from kgdbx.resident.compile.unit import KernelFacts
+from kgdbx.resident.compile.kernel_facts import KernelFacts
 from kgdbx.resident.guest_call import Call, GuestCaller, Script
 from kgdbx.resident.heap import Heap
 from kgdbx.resident.host import HostView

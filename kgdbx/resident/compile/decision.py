@@ -5,13 +5,30 @@ from dataclasses import dataclass
 
 from kgdbx.resident.compile.link import Object
 
-__all__ = ("Decision", "HANDLER", "ORIGINAL", "STACK", "UserCode", "jump_to", "return_at_once")
+__all__ = (
+    "Decision",
+    "HANDLER",
+    "ORIGINAL",
+    "STACK",
+    "STACK_SOURCE",
+    "UserCode",
+    "jump_to",
+    "return_at_once",
+)
 
 ORIGINAL = "kgdbx_original"
 """What a user's code calls the probed function as it is without our jump."""
 
 STACK = "kgdbx_stack"
 """What a user's handler calls to have its call stack."""
+
+STACK_SOURCE = """\
+u32 kgdbx_stack(const struct regs *regs, u64 *to, u32 size)
+{
+	return CALLED(walk_stack(regs, current_task(), to, size));
+}
+"""
+"""The C of that."""
 
 _MASK = (1 << 64) - 1
 

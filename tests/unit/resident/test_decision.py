@@ -7,8 +7,10 @@ import pytest
 
 from kgdbx.errors import ProbeError
 from kgdbx.resident.compile.decision import HANDLER, Decision, jump_to, return_at_once
+from kgdbx.resident.compile.kernel_facts import KernelFacts
 from kgdbx.resident.compile.link import CompileError, LinkError, Object, compile_unit
-from kgdbx.resident.compile.unit import KernelFacts, StubCall, Unit
+from kgdbx.resident.compile.stub import StubCall, site_stub
+from kgdbx.resident.compile.unit import Unit
 from kgdbx.resident.compile.user_code import compile_handler, entry_of
 from kgdbx.resident.verdict import parse_retval
 
@@ -40,7 +42,7 @@ def compiled(source: str, path: Path) -> Object:
 )
 def test_text_compiles_and_links(decision: Decision) -> None:
     unit, (number,) = unit_of(decision)
-    unit.site(1, [StubCall(CODE, number, CODE)], 16)
+    unit.add(site_stub(1, [StubCall(CODE, number, CODE)], 16))
     found = compile_unit(unit.text, flags=("-Werror",))
     assert {f"decide_{number}", "site_1", "tail_1"} <= found.defined
     assert set(found.undefined) <= {"user_1"}

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kgdbx.resident.compile.codegen import Body
+from kgdbx.resident.compile.kernel_facts import KernelFacts
 from kgdbx.resident.compile.link import compile_unit
-from kgdbx.resident.compile.unit import KernelFacts, StubCall, Unit
+from kgdbx.resident.compile.stub import StubCall, site_stub
+from kgdbx.resident.compile.unit import Unit
 from kgdbx.resident.ring import Stream
 
 CODE, DATA, SIZE = 0x40000000, 0x50000000, 1 << 20
@@ -61,14 +63,11 @@ class Stubbed:
     def probe(self, *bodies: Body) -> None:
         unit = Unit(FACTS, {})
         stream = Stream(SLOT, SLOTS, CHUNK_SLOTS, False, POSITION, CONTROL)
-        unit.site(
-            0,
-            [
-                StubCall(PROBES + 64 * n, unit.handler("p", body, stream), None, body.filters_first)
-                for n, body in enumerate(bodies)
-            ],
-            16,
-        )
+        calls = [
+            StubCall(PROBES + 64 * n, unit.handler("p", body, stream), None, body.filters_first)
+            for n, body in enumerate(bodies)
+        ]
+        unit.add(site_stub(0, calls, 16))
         linked = compile_unit(unit.text).link(CODE, 0, lambda name: None)
         self.code[: len(linked.code)] = linked.code
         tail, entry = linked.symbols["tail_0"] - CODE, FUNCTION - CODE
