@@ -196,7 +196,7 @@ def _settle(session: Session, probes: Iterable[Probe]) -> None:
 def _slots_in_use(session: Session, probes: Iterable[Probe]) -> dict[str, int]:
     engine = session.resident.engine
     used = {
-        probe.name: sum(len(engine.pending(program)) for program in probe.programs)
+        probe.name: sum(len(engine.returns.pending(program)) for program in probe.programs)
         for probe in probes
         if isinstance(probe, ResidentProbe)
     }

@@ -1,44 +1,33 @@
 """The resident probes of one guest: placed together, counted, drained, and taken out again."""
 
 import contextlib
+import functools
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from kgdbx.errors import MemoryFault, ProbeError
+from kgdbx.errors import ProbeError
 from kgdbx.resident.bells import Bells
-from kgdbx.resident.build import Builder, jump
+from kgdbx.resident.build import Builder
 from kgdbx.resident.clock import IDENTITY, Clock
 from kgdbx.resident.compile.aggregate import MapShape
 from kgdbx.resident.guest_call import GuestCaller
 from kgdbx.resident.holding import Holding, take_hold
 from kgdbx.resident.host import HostView
-from kgdbx.resident.journal import Journal, Patch
-from kgdbx.resident.place.displace import Displacement, displace, tasks_inside
-from kgdbx.resident.place.displacement import FTRACE_NOP
+from kgdbx.resident.journal import Journal
+from kgdbx.resident.jumps import Jumps
+from kgdbx.resident.place.displace import Displacement
 from kgdbx.resident.program import Counts, Program, Site
-from kgdbx.resident.returns import (
-    RET_ADDR_AT,
-    TASK_AT,
-    PendingReturn,
-    pending_returns,
-    true_return,
-)
+from kgdbx.resident.quiescence import Quiescence
+from kgdbx.resident.returns import Returns
 from kgdbx.resident.ring import RING_BYTES, Batch, Stream
 from kgdbx.resident.table import Table
-from kgdbx.symbols.blacklist import Blacklist
 from kgdbx.symbols.kernel import Function, Kernel
-from kgdbx.symbols.memory import KernelMemory
 from kgdbx.target.base import Stop
 from kgdbx.target.ram import GuestRam
 
 __all__ = ("Engine",)
 
 _COUNTERS_BYTES = 32  # struct counters
-_JUMP_BYTES = 5
-_ENDBR_BYTES = 4
-_QUIESCE_S = 10.0
-_QUIESCE_STEP_S = 0.01
 
 
 class Engine:
@@ -52,8 +41,10 @@ class Engine:
     :param overwrite: the newest records win when the host does not keep up
     :ivar ring_bytes: what rings that are still to be made get
     :ivar overwrite: as given, for rings that are still to be made
-    :ivar placed_listeners: called when probes were placed
     :param handling: the vCPU whose handlers run: the guest must not go on from there
+    :ivar placed_listeners: called when probes were placed
+    :ivar returns: the calls in progress of return probes
+    :ivar quiescence: waits until code is not in use
     """
 
     def __init__(
@@ -76,28 +67,20 @@ class Engine:
         self.overwrite = overwrite
         self._holding: Holding | None = None
         self._builder = Builder(kernel, self.host, self._caller)
-        self._sites: dict[int, Site] = {}
+        self.quiescence = Quiescence(kernel, self._caller)
+        self.returns = Returns(kernel, self.host, self.programs)
+        self._jumps = Jumps(kernel, self.quiescence)
         self._next_id = 1
-        self._ever: dict[Program, None] = {}  # return probes that were taken out
-        self._lifted: set[int] = set()  # sites without their jump: ftrace's call is there
         self.placed_listeners: list[Callable[[], None]] = []
         self._batch: list[Program] | None = None
         self._removals: list[Program] | None = None
-        self._blacklist: Blacklist | None = None
 
     def displacement(self, function: Function, address: int) -> Displacement:
         """What gives way to a jump at an address, patched by us already or not.
 
         :raises CannotDisplace: if nothing can
         """
-        for at in (address, address + _ENDBR_BYTES):
-            site = self._sites.get(at)
-            if site and (at == address or address == function.address):
-                return site.displacement
-        if self._blacklist is None:
-            self._blacklist = Blacklist(self.kernel)
-        originals = {at: site.displacement.original for at, site in self._sites.items()}
-        return displace(self.kernel, function, address, self._blacklist, originals)
+        return self._jumps.displacement(function, address)
 
     @property
     def _streams(self) -> tuple[Stream, ...]:
@@ -190,12 +173,12 @@ class Engine:
 
     def _install(self, programs: Sequence[Program]) -> None:
         holding = self._hold()
-        holding.take_counters(self._caller, self._run_on, len(programs))
+        holding.take_counters(self._caller, self.quiescence.run_on, len(programs))
         self._caller.run(holding.take_memory(programs, self.ring_bytes, self.overwrite))
         changed: dict[int, Site] = {}
         for program in programs:
             address = program.displacement.address
-            old = self._sites.get(address)
+            old = self._jumps.site(address)
             site = changed.setdefault(
                 address, Site(program.displacement, list(old.programs) if old else [])
             )
@@ -206,7 +189,7 @@ class Engine:
         if holding.clock is None:
             self._caller.run(holding.sample_clock())
         holding.link_returns((*self.programs.values(), *programs))
-        self._patch(holding, changed, stubs)
+        self._jumps.write(holding.journal, changed, stubs)
         self.programs.update((program.id, program) for program in programs)
         for listener in self.placed_listeners:
             listener()
@@ -231,21 +214,20 @@ class Engine:
         if holding is None or not gone:
             return
         rebuilt: dict[int, Site] = {}
-        restored: list[Site] = []
+        unused: list[int] = []
         for address in dict.fromkeys(p.displacement.address for p in reversed(gone)):
-            site = self._sites[address]
+            site = self._jumps.site(address)
+            assert site is not None
             rest = [p for p in site.programs if p not in gone]
             if rest:
                 rebuilt[address] = Site(site.displacement, rest)
             else:
-                restored.append(self._sites.pop(address))
-        for site in restored:
-            self._restore(site)
-        self._lifted.difference_update(site.displacement.address for site in restored)
-        holding.journal.restored(site.displacement.address for site in restored)
+                unused.append(address)
+        self._jumps.take_out(holding.journal, unused)
         if rebuilt:
-            self._patch(holding, rebuilt, self._builder.build(holding, rebuilt, ()))
-        self._restore_returns(gone)
+            stubs = self._builder.build(holding, rebuilt, ())
+            self._jumps.write(holding.journal, rebuilt, stubs)
+        self.returns.withdraw(gone)
         for program in gone:
             del self.programs[program.id]
         holding.link_returns(self.programs.values())
@@ -266,7 +248,7 @@ class Engine:
             self._let_go(holding)
             return
         code = holding.code.ranges
-        if not self.wait_until_unused(code, lambda: self._restore_returns(self._ever)):
+        if not self.quiescence.wait_until_unused(code, lambda: self.returns.withdraw(())):
             holding.journal.leave()
             self._holding = None
             raise ProbeError(
@@ -281,47 +263,26 @@ class Engine:
     def _let_go(self, holding: Holding) -> None:
         holding.journal.close()
         self._holding = None
-        self._ever.clear()
+        self.returns.forget()
 
     # Beside the guest's own ftrace
 
     @property
     def ftrace_sites(self) -> set[int]:
         """Where jumps stand in place of the NOP that ftrace writes its calls over."""
-        return {
-            address
-            for address, site in self._sites.items()
-            if site.displacement.is_ftrace_nop and address not in self._lifted
-        }
+        return self._jumps.in_place_of_ftrace
 
     def lift(self, addresses: Sequence[int]) -> None:
         """Put the NOPs back, and keep the probes. The kernel stands."""
-        holding = self._holding
-        assert holding is not None
-        for address in addresses:
-            self._restore(self._sites[address])
-            self._lifted.add(address)
-        holding.journal.restored(addresses)
+        assert self._holding is not None
+        self._jumps.lift(self._holding.journal, addresses)
 
     def put_back(self) -> list[int]:
         """Write the jumps of lifted sites where there are NOPs again. The kernel stands.
 
         :return: where that was
         """
-        holding = self._holding
-        free = [
-            address
-            for address in self._lifted
-            if self.kernel.read_code(address, _JUMP_BYTES) == FTRACE_NOP
-        ]
-        if holding is not None and free:
-            self._lifted.difference_update(free)
-            sites = [self._sites[address] for address in free]
-            patches = [Patch(s.displacement.address, FTRACE_NOP, s.jump) for s in sites]
-            holding.journal.patches(patches)
-            for patch in patches:
-                self._write_code(patch.address, patch.replacement)
-        return free
+        return self._jumps.put_back(self._holding.journal) if self._holding is not None else []
 
     # Results
 
@@ -359,149 +320,9 @@ class Engine:
                 totals[n] += value
         return Counts(*totals)
 
-    def pending(self, program: Program) -> list[PendingReturn]:
-        """Calls of a return probe that are in progress."""
-        if not program.maxactive:
-            return []
-        data = self.host.read(program.slots, program.maxactive * program.slot_bytes)
-        return list(pending_returns(data, program.slots, program.slot_bytes))
-
-    def reap(self, program: Program, is_dead: Callable[[PendingReturn], bool]) -> int:
-        """Free the slots of calls that will never return; how many there were."""
-        dead = [pending for pending in self.pending(program) if is_dead(pending)]
-        for pending in dead:
-            self.host.write(pending.slot + TASK_AT, bytes(8))
-            self.host.write(pending.slot, bytes(8))
-        return len(dead)
-
-    def true_return(self, address: int) -> int:
-        """Where a call returns to whose return address may name one of our slots."""
-        if self._holding is None:
-            return address
-        window = self._holding.window
-        return true_return(self.kernel, address, window.start, window.end)
-
-    @contextlib.contextmanager
-    def _true_stacks(self) -> Iterator[None]:
-        memory = self.kernel.memory
-        stubs: dict[int, int] = {}
-        for program in self.programs.values():
-            for pending in self.pending(program):
-                if _stands_at(memory, pending):
-                    stubs[pending.place] = pending.stub
-        try:
-            for place, stub in stubs.items():
-                memory.write(place, self.true_return(stub).to_bytes(8, "little"))
-            yield
-        finally:
-            for place, stub in stubs.items():
-                memory.write(place, stub.to_bytes(8, "little"))
-
-    # Parts of placing
-
     def _hold(self) -> Holding:
         if self._holding is None:
-            self.kernel.true_stacks = self._true_stacks
-            self._holding = self._caller.run(take_hold(self.kernel, self.host, self._make_journal))
+            holding = self._caller.run(take_hold(self.kernel, self.host, self._make_journal))
+            self.kernel.true_stacks = functools.partial(self.returns.true_stacks, holding.window)
+            self._holding = holding
         return self._holding
-
-    def _patch(
-        self,
-        holding: Holding,
-        sites: dict[int, Site],
-        stubs: dict[int, int],
-    ) -> None:
-        self._wait_until_free([s.displacement for a, s in sites.items() if a not in self._sites])
-        patches: list[Patch] = []
-        for address, site in sites.items():
-            site.jump = jump(address, stubs[address])
-            if address in self._lifted:
-                continue
-            original = site.displacement.original[:_JUMP_BYTES]
-            patches.append(Patch(address, original, site.jump))
-        holding.journal.patches(patches)
-        done: list[Patch] = []
-        try:
-            for patch in patches:
-                self._write_code(patch.address, patch.replacement)
-                done.append(patch)
-        except BaseException:
-            for patch in reversed(done):
-                old = self._sites.get(patch.address)
-                self._write_code(patch.address, old.jump if old else patch.original)
-            raise
-        self._sites.update(sites)
-
-    def _wait_until_free(self, displacements: Sequence[Displacement]) -> None:
-        # A 5-byte NOP is one instruction: nothing can be inside of it.
-        ranges = [
-            (d.address, d.address + len(d.original)) for d in displacements if not d.is_ftrace_nop
-        ]
-        deadline = time.monotonic() + _QUIESCE_S
-        while ranges and (inside := tasks_inside(self.kernel, ranges)):
-            if time.monotonic() > deadline:
-                raise ProbeError(f"the bytes to replace are in use: {inside[0]}")
-            self._run_on()
-
-    def wait_until_unused(
-        self, ranges: Sequence[tuple[int, int]], at_stop: Callable[[], None]
-    ) -> bool:
-        """Let the guest run until nothing in it is inside ranges of addresses, 10 s at most.
-
-        :param ranges: guest-virtual ``(start, end)`` of code
-        :param at_stop: called at each stop meanwhile
-        :return: whether that came to be
-        """
-        deadline = time.monotonic() + _QUIESCE_S
-        while tasks_inside(self.kernel, ranges, include_start=True):
-            if time.monotonic() > deadline:
-                return False
-            self._run_on()
-            at_stop()
-        return True
-
-    def _run_on(self) -> None:
-        if self._caller.handling() is not None:
-            raise ProbeError("a handler cannot wait for the guest to run on; try again outside")
-        self.kernel.target.run(self._caller.dispatch, _QUIESCE_STEP_S)
-
-    def _restore_returns(self, gone: Iterable[Program]) -> None:
-        holding = self._holding
-        assert holding is not None
-        self._ever.update(dict.fromkeys(p for p in gone if p.kind == "r"))
-        memory = self.kernel.memory
-        found = [pending for program in self._ever for pending in self.pending(program)]
-        behind = {pending.stub: pending.ret_addr for pending in found}
-
-        def without_gone(address: int) -> int:
-            while address in behind:
-                address = behind[address]
-            return address  # the stub of a probe that stays, or where the call returns to
-
-        for pending in found:
-            if _stands_at(memory, pending):
-                true = without_gone(pending.ret_addr)
-                memory.write(pending.place, true.to_bytes(8, "little"))
-                self.host.write(pending.slot, bytes(8))
-        for program in self.programs.values():
-            if program in self._ever:
-                continue
-            for pending in self.pending(program):
-                if pending.ret_addr in behind:
-                    true = without_gone(pending.ret_addr)
-                    self.host.write(pending.slot + RET_ADDR_AT, true.to_bytes(8, "little"))
-
-    def _restore(self, site: Site) -> None:
-        at = site.displacement.address
-        if at not in self._lifted:
-            self._write_code(at, site.displacement.original[:_JUMP_BYTES])
-
-    def _write_code(self, address: int, data: bytes) -> None:
-        self.kernel.memory.write(address, data)
-
-
-def _stands_at(memory: KernelMemory, pending: PendingReturn) -> bool:
-    try:
-        return memory.read_u64(pending.place) == pending.stub
-    except MemoryFault:
-        return False  # the task has died, and its stack is gone

@@ -44,7 +44,7 @@ class Reaper:
             missed = self._engine.counts(program).nmissed
             if missed != self._missed.get(program, 0):
                 self._missed[program] = missed
-                self._engine.reap(program, self._is_dead)
+                self._engine.returns.reap(program, self._is_dead)
         now = time.monotonic()
         self._due_s = now + max(_INTERVAL_S, _SHARE * (now - started))
 

@@ -1,17 +1,22 @@
-"""Calls in progress whose return address names a slot of ours, as they lie in memory."""
+"""Calls in progress whose return address names a slot of ours: found, told, and put right."""
 
+import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from kgdbx.errors import MemoryFault
+from kgdbx.resident.host import HostView
+from kgdbx.resident.memory import Window
+from kgdbx.resident.program import Program
 from kgdbx.symbols.kernel import Kernel
+from kgdbx.symbols.memory import KernelMemory
 
 __all__ = (
     "NEXT_AT",
     "PendingReturn",
-    "RET_ADDR_AT",
+    "Returns",
     "SLOT_BYTES",
-    "TASK_AT",
     "empty_slot",
     "pending_returns",
     "true_return",
@@ -25,11 +30,8 @@ SLOT_BYTES = _SLOT.size
 NEXT_AT = 48
 """Where a return probe's ``struct probe`` names the next."""
 
-RET_ADDR_AT = 8
-"""Where a slot holds the true return address."""
-
-TASK_AT = 24
-"""Where a slot holds its task."""
+_RET_ADDR_AT = 8
+_TASK_AT = 24
 
 
 @dataclass(frozen=True)
@@ -78,5 +80,92 @@ def true_return(kernel: Kernel, address: int, start: int, end: int) -> int:
     while start <= address < end:
         code = kernel.read_code(address, 5)  # push $slot
         slot = int.from_bytes(code[1:], "little", signed=True) & (1 << 64) - 1
-        address = kernel.memory.read_u64(slot + RET_ADDR_AT)
+        address = kernel.memory.read_u64(slot + _RET_ADDR_AT)
     return address
+
+
+class Returns:
+    """The calls in progress of a guest's return probes.
+
+    :param programs: the probes that are placed, by their numbers
+    """
+
+    def __init__(self, kernel: Kernel, host: HostView, programs: Mapping[int, Program]) -> None:
+        self._kernel = kernel
+        self._host = host
+        self._programs = programs
+        self._gone: dict[Program, None] = {}  # taken out: calls of theirs may be in progress
+
+    def pending(self, program: Program) -> list[PendingReturn]:
+        """Calls of a probe that are in progress."""
+        if not program.maxactive:
+            return []
+        data = self._host.read(program.slots, program.maxactive * program.slot_bytes)
+        return list(pending_returns(data, program.slots, program.slot_bytes))
+
+    def reap(self, program: Program, is_dead: Callable[[PendingReturn], bool]) -> int:
+        """Free the slots of calls that will never return; how many there were."""
+        dead = [pending for pending in self.pending(program) if is_dead(pending)]
+        for pending in dead:
+            self._host.write(pending.slot + _TASK_AT, bytes(8))
+            self._host.write(pending.slot, bytes(8))
+        return len(dead)
+
+    @contextlib.contextmanager
+    def true_stacks(self, window: Window) -> Iterator[None]:
+        """While the block runs, stacks have the true return addresses. The kernel stands.
+
+        :param window: where the stubs are
+        """
+        memory = self._kernel.memory
+        stubs: dict[int, int] = {}
+        for program in self._programs.values():
+            for pending in self.pending(program):
+                if _stands_at(memory, pending):
+                    stubs[pending.place] = pending.stub
+        try:
+            for place, stub in stubs.items():
+                true = true_return(self._kernel, stub, window.start, window.end)
+                memory.write(place, true.to_bytes(8, "little"))
+            yield
+        finally:
+            for place, stub in stubs.items():
+                memory.write(place, stub.to_bytes(8, "little"))
+
+    def withdraw(self, gone: Iterable[Program]) -> None:
+        """Have calls return as if probes had never been; also those that were taken out before,
+        of which a call may have been on its way to our code.
+        """
+        self._gone.update(dict.fromkeys(p for p in gone if p.kind == "r"))
+        memory = self._kernel.memory
+        found = [pending for program in self._gone for pending in self.pending(program)]
+        behind = {pending.stub: pending.ret_addr for pending in found}
+
+        def without_gone(address: int) -> int:
+            while address in behind:
+                address = behind[address]
+            return address  # the stub of a probe that stays, or where the call returns to
+
+        for pending in found:
+            if _stands_at(memory, pending):
+                true = without_gone(pending.ret_addr)
+                memory.write(pending.place, true.to_bytes(8, "little"))
+                self._host.write(pending.slot, bytes(8))
+        for program in self._programs.values():
+            if program in self._gone:
+                continue
+            for pending in self.pending(program):
+                if pending.ret_addr in behind:
+                    true = without_gone(pending.ret_addr)
+                    self._host.write(pending.slot + _RET_ADDR_AT, true.to_bytes(8, "little"))
+
+    def forget(self) -> None:
+        """The guest has its memory back: no slots are left."""
+        self._gone.clear()
+
+
+def _stands_at(memory: KernelMemory, pending: PendingReturn) -> bool:
+    try:
+        return memory.read_u64(pending.place) == pending.stub
+    except MemoryFault:
+        return False  # the task has died, and its stack is gone

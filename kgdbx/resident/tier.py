@@ -105,7 +105,7 @@ class ResidentTier:
         done: Recovery | None = None
         for path in (self._journal, *kept):
             if path.exists():
-                unused = self.engine.wait_until_unused
+                unused = self.engine.quiescence.wait_until_unused
                 found = recover(self._kernel, path, self._dispatch, unused)
                 done = found if done is None else done + found
         if self._journal.exists():
