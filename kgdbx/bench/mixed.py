@@ -13,8 +13,12 @@ from kgdbx.machine.initramfs import GUEST_FILES
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import Vm, configure
 
-__all__ = ("do_mixed_work", "measure", "mixed_work_machine")
+__all__ = ("do_mixed_work", "measure", "mixed_work_machine", "rounds_of")
 
+_KINDS = (
+    *("cgroups", "disks", "files", "insides", "modules"),
+    *("mounts", "namespaces", "pipes", "processes", "sockets"),
+)
 _MODULES = ("brd", "dummy", "loop", "overlay", "veth")
 _WORK = "mixed-work"
 _SETTLE_S = 30  # of the guest: what is freed later, by work queues and grace periods, is freed
@@ -39,6 +43,7 @@ def measure(minutes: float, kernel: str = "6.1") -> Iterator[Figure]:
     yield figure("mixed.reports_booted", [len(booted.leaks)], "1")
     yield figure("mixed.reports", [len(after.leaks)], "1")
     yield figure("mixed.blocks", [int((after.heap.node_flags & 1).sum())], "1")
+    yield figure("mixed.kinds", [len(done)], "1")
     for what, count in done.items():
         yield figure(f"mixed.{what}", [count], "1")
 
@@ -56,16 +61,28 @@ def do_mixed_work(vm: Vm, minutes: float) -> dict[str, int]:
     """Have a guest do it, and let it come to rest.
 
     :param minutes: how long, by the guest's clock
-    :return: how often each kind of work was done
-    :raises MachineError: if some of it failed
+    :return: how often each kind of work was done to its end
+    :raises MachineError: if some of it failed, or was not done once
     """
     seconds = int(60 * minutes)
     done = vm.execute(f"{_WORK} {seconds}", timeout_s=_LEAST_S + _PATIENCE * seconds)
     if done.status != 0:
         raise MachineError(f"the guest's work failed: {done.output}")
     vm.execute(f"sleep {_SETTLE_S}", timeout_s=_LEAST_S)
-    pairs = (line.split() for line in done.output.splitlines())
-    return {what: int(count) for what, count in pairs}
+    return rounds_of(done.output)
+
+
+def rounds_of(output: str) -> dict[str, int]:
+    """How often each kind of work was done to its end, as the guest's work says.
+
+    :raises MachineError: if there is a kind of which it says nothing, or that was not done once
+    """
+    said = (line.partition(" ") for line in output.splitlines())
+    rounds = {what: int(count) for what, _, count in said if what in _KINDS and count.isdecimal()}
+    missing = [what for what in _KINDS if not rounds.get(what)]
+    if missing:
+        raise MachineError(f"the guest's work was not all done: no {', '.join(missing)}: {output}")
+    return dict(sorted(rounds.items()))
 
 
 def _scan(vm: Vm) -> Scan:
