@@ -71,6 +71,7 @@ class WatchReport:
     :ivar attached_late: those that were loaded before: their earlier allocations are not known
     :ivar failed_init: those whose init failed
     :ivar over: whether all have gone; else the blocks may still be freed
+    :ivar loaded: those that are there now
     :ivar allocations: calls that succeeded, by module
     :ivar frees: of these blocks, by module
     :ivar leaks: blocks that were not freed
@@ -90,6 +91,7 @@ class WatchReport:
     unallocated: tuple[Event, ...]
     freed_late: tuple[Event, ...] = ()
     notes: tuple[str, ...] = ()
+    loaded: tuple[str, ...] = ()
 
     @property
     def totals(self) -> tuple[int, int, int]:

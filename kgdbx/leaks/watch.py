@@ -171,6 +171,7 @@ class LeakWatch:
             tuple(found.unallocated),
             tuple(found.freed_late),
             self._notes(found, counters),
+            () if found.over else tuple(name for name in found.modules if name in self._loaded),
         )
 
     @property

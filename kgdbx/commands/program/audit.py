@@ -21,7 +21,7 @@ from kgdbx.leaks.describe import describe_block
 from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.layout import read_layout
 from kgdbx.leaks.native import load_native
-from kgdbx.leaks.report.finding import AuditReport, CacheGrowth, Finding
+from kgdbx.leaks.report.finding import AuditReport, CacheGrowth, Finding, tell_lost
 from kgdbx.leaks.report.junit import junit_text
 from kgdbx.leaks.report.kmemleak import kmemleak_text
 from kgdbx.leaks.report.page import audit_page
@@ -52,7 +52,8 @@ for memory that nothing points to any more, and for pointers into modules that w
   kgdbx audit --vm a --modules cfg80211,mac80211 --junit audit.xml --html audit.html test.sh
 
 Exit status: 0 passed, 1 a finding that counts or a command that failed. What is only a hint, such
-as a free by other code on the module's behalf, does not count.
+as a free by other code on the module's behalf, does not count; nor what a module that is still
+loaded has not freed yet, unless nothing points to it any more.
 """,
     arguments=(
         *TARGET_ARGUMENTS,
@@ -120,12 +121,15 @@ def _all_sessions(
         to_audit(session, watch, n, command=command, status=status)
         for n in range(1, watch.sessions + 1)
     ]
+    still = ", ".join(watch.report().loaded)
+    notes = [note for r in reports for note in r.notes]
+    notes += [f"still loaded: {still}; what is not freed yet may be freed later"] if still else []
     return dataclasses.replace(
         reports[-1],
         modules=tuple(dict.fromkeys(name for r in reports for name in r.modules)),
         allocations=sum(r.allocations for r in reports),
         findings=tuple(finding for r in reports for finding in r.findings),
-        notes=tuple(dict.fromkeys(note for r in reports for note in r.notes)),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -145,7 +149,8 @@ def _look_through(
     registers = all_registers(session)
     scan = scan_heap(session.kernel, session.ram, registers, session.resident.engine.taken)
     known = {address for finding in report.findings for address in finding.addresses}
-    findings = list(report.findings)
+    lost = {block.address for block in scan.leaks}
+    findings = [part for finding in report.findings for part in tell_lost(finding, lost)]
     for block in scan.leaks:
         if not before.holds(block) and block.address not in known:
             about = describe_block(scan.heap, block).text

@@ -1,12 +1,21 @@
 """One thing that an audit complains of, with all that the forms of a report need of it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
-from kgdbx.leaks.findings import Event, Group, Stack, WatchReport, group_by_stack
+from kgdbx.leaks.findings import Group, Stack, WatchReport, group_by_stack
 from kgdbx.leaks.frames import FrameNames
 
-__all__ = ("AuditReport", "CacheGrowth", "Finding", "RULES", "Trace", "from_watch", "lines_of")
+__all__ = (
+    "AuditReport",
+    "CacheGrowth",
+    "Finding",
+    "RULES",
+    "Trace",
+    "from_watch",
+    "lines_of",
+    "tell_lost",
+)
 
 RULES = {
     "leak": "memory that was allocated and never freed",
@@ -130,15 +139,22 @@ class AuditReport:
         """How many blocks or calls there are of a kind."""
         return sum(len(f.addresses) for f in self.findings if f.rule == rule)
 
+    @property
+    def not_freed_yet(self) -> int:
+        """How many of the leaks are of modules that are still loaded, and may be none."""
+        leaks = (f for f in self.findings if f.rule == "leak" and not f.failing)
+        return sum(len(f.addresses) for f in leaks)
+
 
 def from_watch(report: WatchReport, names: FrameNames) -> Iterator[Finding]:
-    """The findings of a watch's session.
+    """The findings of a watch's session. While it is not over, what is not freed is a hint.
 
     :param names: knows the lines
     """
     for group in group_by_stack(report.leaks):
         said = "not freed" if report.over else "not freed yet"
-        yield _finding("leak", group, names, f"{_amount(group)} {said}")
+        text = f"{_amount(e.size_bytes for e in group.events)} {said}"
+        yield _finding("leak", group, names, text, failing=report.over)
     for group in group_by_stack(report.unallocated):
         count = len(group.events)
         text = f"{count} {'free' if count == 1 else 'frees'} of what is not known to be allocated"
@@ -146,8 +162,27 @@ def from_watch(report: WatchReport, names: FrameNames) -> Iterator[Finding]:
         yield _finding("unallocated-free", group, names, text, failing=group.stack.direct)
     for group in group_by_stack(report.freed_late):
         by = {_who(event.freed_by) for event in group.events if event.freed_by}
-        text = f"{_amount(group)} freed later by {', '.join(sorted(by))}"
+        amount = _amount(e.size_bytes for e in group.events)
+        text = f"{amount} freed later by {', '.join(sorted(by))}"
         yield _finding("freed-late", group, names, text, failing=False)
+
+
+def tell_lost(finding: Finding, lost: Collection[int]) -> Iterator[Finding]:
+    """Part a hint at blocks that are not freed yet: nobody can free what nothing points to.
+
+    :param lost: addresses of what nothing points to
+    :return: a finding that counts for these blocks, and the hint for the others
+    """
+    if finding.rule != "leak" or finding.failing:
+        yield finding
+        return
+    blocks = tuple(zip(finding.addresses, finding.sizes, strict=True))
+    for said, failing in (("not freed, and nothing points there", True), ("not freed yet", False)):
+        part = [(address, size) for address, size in blocks if (address in lost) == failing]
+        if part:
+            addresses, sizes = zip(*part, strict=True)
+            text = f"{_amount(sizes)} {said}"
+            yield replace(finding, message=text, addresses=addresses, sizes=sizes, failing=failing)
 
 
 def lines_of(stack: Stack, names: FrameNames) -> tuple[Trace, ...]:
@@ -184,17 +219,18 @@ def _finding(
     )
 
 
-def _amount(group: Group) -> str:
-    count = len(group.events)
+def _amount(sizes: Iterable[int]) -> str:
+    all_sizes = tuple(sizes)
+    count = len(all_sizes)
     blocks = "1 block" if count == 1 else f"{count} blocks"
-    return f"{blocks} of {_bytes(group.events)}"
+    return f"{blocks} of {_bytes(all_sizes)}"
 
 
-def _bytes(events: tuple[Event, ...]) -> str:
-    total = sum(event.size_bytes for event in events)
-    if any(not event.size_bytes for event in events):
+def _bytes(sizes: tuple[int, ...]) -> str:
+    total = sum(sizes)
+    if not all(sizes):
         return f"at least {total:,} bytes" if total else "unknown size"
-    return f"{total:,} bytes in all" if len(events) > 1 else f"{total:,} bytes"
+    return f"{total:,} bytes in all" if len(sizes) > 1 else f"{total:,} bytes"
 
 
 def _who(stack: Stack) -> str:

@@ -18,7 +18,8 @@ def kmemleak_text(report: AuditReport) -> str:
 
 
 def _finding(finding: Finding) -> Iterator[str]:
-    if finding.rule not in _RULES:
+    may_be_none = finding.rule == "leak" and not finding.failing
+    if finding.rule not in _RULES or may_be_none:
         return
     jiffies = _FIRST_JIFFY + finding.time_ns * _HZ // 10**9
     comm, pid = ("hardirq", 0) if finding.from_interrupt else (finding.comm, finding.pid)

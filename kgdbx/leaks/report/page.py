@@ -34,7 +34,8 @@ def _summary(report: AuditReport) -> str:
         ("kernel", report.kernel),
         ("command", report.command or "none"),
         ("allocations", f"{report.allocations:,}"),
-        ("possible leaks", f"{report.count('leak'):,}"),
+        ("possible leaks", f"{report.count('leak') - report.not_freed_yet:,}"),
+        *([("not freed yet", f"{report.not_freed_yet:,}")] if report.not_freed_yet else []),
         ("unallocated frees", f"{report.count('unallocated-free'):,}"),
         ("looked for", ", ".join(report.checks)),
         *(("note", note) for note in report.notes),
@@ -59,8 +60,8 @@ def _finding(number: int, finding: Finding) -> str:
 
 
 def _flame(report: AuditReport) -> str:
-    numbered = [(n, f) for n, f in enumerate(report.findings, 1) if f.rule == "leak" and f.stack]
-    flame = flame_of(numbered)
+    leaks = [(n, f) for n, f in enumerate(report.findings, 1) if f.rule == "leak" and f.failing]
+    flame = flame_of([(n, f) for n, f in leaks if f.stack])
     if flame is None:
         return "<p>Nothing leaks."
     height = _ROW * flame.depth

@@ -19,6 +19,7 @@ def audit_json(report: AuditReport) -> dict[str, Any]:
         "checks": list(report.checks),
         "allocations": report.allocations,
         "leaks": report.count("leak"),
+        "not_freed_yet": report.not_freed_yet,
         "unallocated_frees": report.count("unallocated-free"),
         "notes": list(report.notes),
         "findings": [_finding(finding) for finding in report.findings],
@@ -47,10 +48,12 @@ def _lines(report: AuditReport) -> Iterator[str]:
     if report.status != 0:
         status = "did not end" if report.status is None else f"ended with status {report.status}"
         yield f"the command {status}"
-    leaks, frees = report.count("leak"), report.count("unallocated-free")
+    yet, frees = report.not_freed_yet, report.count("unallocated-free")
+    leaks = report.count("leak") - yet
+    still = f"{yet:,} not freed yet, " if yet else ""
     yield (
         f"{'PASS' if report.passed else 'FAIL'}: {', '.join(report.modules)} on {report.kernel}: "
-        f"{report.allocations:,} allocations, {leaks:,} possible leaks, "
+        f"{report.allocations:,} allocations, {leaks:,} possible leaks, {still}"
         f"{frees:,} unallocated frees ({', '.join(report.checks)})"
     )
 

@@ -87,6 +87,4 @@ def _shares(events: tuple[Event, ...]) -> str:
 def _state(report: WatchReport, module: str) -> str:
     if module in report.failed_init:
         return "its init failed"
-    if report.over:
-        return "unloaded"
-    return "loaded"
+    return "loaded" if module in report.loaded else "unloaded"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kgdbx.leaks.report.finding import AuditReport, CacheGrowth, Finding, Trace
+from kgdbx.leaks.report.finding import AuditReport, CacheGrowth, Finding, Trace, tell_lost
 from kgdbx.leaks.report.flame import flame_of
 from kgdbx.leaks.report.junit import junit_text
 from kgdbx.leaks.report.kmemleak import kmemleak_text
@@ -76,6 +76,28 @@ def test_the_verdict() -> None:
     )
     assert audit_text(CLEAN).splitlines()[-1].startswith("PASS: ")
     assert "the command did not end" in audit_text(dataclasses.replace(CLEAN, status=None))
+
+
+def test_what_a_loaded_module_may_yet_free() -> None:
+    kept, lost = TWICE.addresses
+    yet = dataclasses.replace(
+        TWICE, message="2 blocks of 600 bytes in all not freed yet", failing=False
+    )
+    assert list(tell_lost(yet, {4096})) == [yet]
+    hint = dataclasses.replace(REPORT, findings=(yet,))
+    assert hint.passed and (hint.count("leak"), hint.not_freed_yet) == (2, 2)
+    assert "0 possible leaks, 2 not freed yet, 0 un" in audit_text(hint).splitlines()[-1]
+    assert kmemleak_text(hint) == "" and "Nothing leaks." in audit_page(hint)
+    parts = tuple(tell_lost(yet, {lost}))
+    assert [(f.message, f.addresses, f.sizes, f.failing) for f in parts] == [
+        ("1 block of 400 bytes not freed, and nothing points there", (lost,), (400,), True),
+        ("1 block of 200 bytes not freed yet", (kept,), (200,), False),
+    ]
+    parted = dataclasses.replace(REPORT, findings=parts)
+    assert not parted.passed and (parted.count("leak"), parted.not_freed_yet) == (2, 1)
+    assert kmemleak_text(parted).count("unreferenced object") == 1
+    # A module that has gone frees nothing any more.
+    assert list(tell_lost(TWICE, {lost})) == [TWICE]
 
 
 def test_json() -> None:
