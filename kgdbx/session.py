@@ -112,10 +112,17 @@ class Session:
         self.probes.clock_ns = StopClock(
             kernel, self.resident.engine, self.resident.reader, lambda: self._events.latest_ns
         ).ns
-        guard = FtraceGuard(kernel, self.resident.engine, self.probes.register, self.probes)
+        guard = FtraceGuard(
+            kernel,
+            self.resident.engine,
+            self.probes.register,
+            self.probes,
+            self.probes.demote,
+        )
         self.resident.engine.placed_listeners.append(guard.follow)
         if isinstance(target, RspTarget) and ram is not None:
             self.probes.use_doorbell(self.resident.doorbell)
+            self.resident.engine.placed_listeners.append(self.probes.ring)
         self._done = threading.Event()
         self._stop_hooks: list[Callable[[Session], Any]] = []
         self._emitted = 0

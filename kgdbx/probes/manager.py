@@ -2,7 +2,7 @@
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from kgdbx.errors import KgdbxError, ProbeError, TargetError, TargetLost
@@ -110,6 +110,10 @@ class ProbeManager:
         self._probes.remove(probe)
         self._withdraw(probe)
         probe.state = State.UNREGISTERED
+        if probe.tier == "resident" and not any(each.tier == "resident" for each in self):
+            for site in self._sites.values():  # the kernel's code is whole again
+                if site.is_ours:
+                    site.demote()
         self._remove_stale()
 
     def enable(self, probe: Probe) -> None:
@@ -216,15 +220,60 @@ class ProbeManager:
         try:
             while self._busy:
                 site = self._busy.pop()
-                if self._sites.get(site.address) is not site or not site.can_ring:
-                    continue
-                try:
-                    site.promote(doorbell)
-                except KgdbxError as e:
-                    site.unpromoted = str(e)
+                if self._sites.get(site.address) is site and site.can_ring:
+                    self._hang(doorbell, [site], only_look=False)
         finally:
             self._promoting = False
         return not self._must_stand
+
+    def ring(self) -> None:
+        """Put doorbells in the place of breakpoints of kgdbx's own, once there is code in the
+        guest anyway.
+
+        A breakpoint costs the guest time wherever it is: QEMU goes through all of them at each
+        jump to another page (check_for_breakpoints() in accel/tcg/cpu-exec.c).
+        """
+        doorbell = self._doorbell
+        if doorbell is None or self._promoting or self.handling is not None:
+            return
+        sites = [
+            site
+            for site in self._sites.values()
+            if site.is_ours and site.can_ring and site.resume is None and not site.unpromoted
+        ]
+        if sites and doorbell.is_ready:
+            self._promoting = True
+            try:
+                self._hang(doorbell, sites, only_look=True)
+            finally:
+                self._promoting = False
+
+    def demote(self, addresses: Container[int]) -> None:
+        """Put breakpoints in the place of doorbells.
+
+        :param addresses: of their jumps
+        """
+        for site in self._sites.values():
+            if site.jumps_from in addresses:
+                site.demote()
+
+    def _hang(self, doorbell: Doorbell, sites: list[Site], *, only_look: bool) -> None:
+        hung: dict[Site, int] = {}
+        try:
+            with self.placing():
+                for site in sites:
+                    try:
+                        hung[site] = doorbell.insert(site.address, only_looks=only_look)
+                    except KgdbxError as e:
+                        site.unpromoted = str(e)
+        except KgdbxError as e:
+            for site in hung:
+                doorbell.remove(site.address)
+                site.unpromoted = str(e)
+            return
+        doorbell.watch()
+        for site, resume in hung.items():
+            site.promote(doorbell, resume, only_looks=only_look)
 
     def on_stop_between(self, stop: Stop) -> bool:
         """As :meth:`on_stop`, for stops while the guest makes calls for us: it goes on in any
@@ -243,7 +292,7 @@ class ProbeManager:
             hit.address = site.address
             self._run_site(site, hit)
             # What follows may be another site: it must not be run past.
-            next_site = self._sites.get(hit.regs.rip)
+            next_site = None if site.only_looks else self._sites.get(hit.regs.rip)
             if next_site is None and self._doorbell is not None:
                 site.pass_patched(hit)
             site = None if next_site is site else next_site
@@ -253,7 +302,7 @@ class ProbeManager:
             site.execute_displaced(hit, None)
             return
         site.hits += 1
-        if site.hits == _BUSY_HITS and site.can_ring:
+        if site.hits == _BUSY_HITS and site.can_ring and not site.is_ours:
             self._busy.append(site)
         if site.watches_returns:
             self._run_returns(site, hit)
@@ -314,6 +363,8 @@ class ProbeManager:
         try:
             for attachment in probe.attachments():
                 site = self._site(attachment.point.address, kind)
+                if site.only_looks and not probe.is_internal:
+                    site.demote()
                 site.attachments.append(attachment)
                 site.insert()
             probe.install()
@@ -322,6 +373,8 @@ class ProbeManager:
             self._remove_stale()
             raise
         probe.state = State.ENABLED
+        if probe.is_internal:
+            self.ring()
 
     def _place_watch(self, watch: Watch) -> None:
         if isinstance(watch.where, int):

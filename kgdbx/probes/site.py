@@ -44,14 +44,25 @@ class Attachment(Protocol):
 class Doorbell(Protocol):
     """Stops at functions' entries by other means than a breakpoint, with the same effect."""
 
-    def insert(self, address: int) -> int:
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is code in the guest already, so that more of it costs little."""
+
+    def insert(self, address: int, *, only_looks: bool) -> int:
         """Have the function at an address stop the kernel; where it goes on afterwards.
 
+        :param only_looks: no register is changed there, and nothing runs behind the instruction
         :raises ProbeError: if that cannot be done there
         """
 
+    def watch(self) -> None:
+        """Look out for what was inserted. It is in the guest now."""
+
     def remove(self, address: int) -> None:
         """Put the function's code back."""
+
+    def place(self, address: int) -> int:
+        """Where the jump is that is there for an address."""
 
     def rang(self, stop: Stop) -> bool:
         """Whether a stop is one of these."""
@@ -81,6 +92,7 @@ class Site:
         self.left_standing: dict[int, int] = {}  # stack pointer by vCPU, after a hit that stops
         self.unpromoted = ""  # why there is no doorbell
         self.resume: int | None = None  # where the code goes on behind a doorbell
+        self.only_looks = False  # the doorbell's code does the displaced instructions itself
         self.boosted = 0
         self.stepped = 0
         self._kernel = kernel
@@ -106,24 +118,44 @@ class Site:
             and all(attachment.point.is_entry for attachment in self.attachments)
         )
 
-    def promote(self, doorbell: Doorbell) -> None:
-        """Put a doorbell in the breakpoint's place.
+    @property
+    def is_ours(self) -> bool:
+        """Whether only probes of kgdbx's own are attached. They change no registers."""
+        return all(attachment.probe.is_internal for attachment in self.attachments)
 
-        :raises ProbeError: if that cannot be done here; the breakpoint stays
+    def promote(self, doorbell: Doorbell, resume: int, *, only_looks: bool) -> None:
+        """Let a doorbell that is in the guest now take the breakpoint's place.
+
+        :param resume: what its ``insert`` gave
         """
-        resume = doorbell.insert(self.address)
         if not self.inserted:
             doorbell.remove(self.address)  # a handler that ran meanwhile has taken the probe out
             return
         self.resume = resume
+        self.only_looks = only_looks
         self._doorbell = doorbell
         self._kernel.target.remove_breakpoint(self.kind, self.address)
+
+    @property
+    def jumps_from(self) -> int | None:
+        """Where the doorbell's jump is; None without one."""
+        return self._doorbell.place(self.address) if self._doorbell is not None else None
+
+    def demote(self) -> None:
+        """Put the breakpoint back where the doorbell is."""
+        if self._doorbell is not None:
+            self._kernel.target.insert_breakpoint(self.kind, self.address)
+            self._take_off(self._doorbell)
+
+    def _take_off(self, doorbell: Doorbell) -> None:
+        doorbell.remove(self.address)
+        self._doorbell = self.resume = None
+        self.only_looks = False
 
     def remove(self) -> None:
         """Take the breakpoint out of the guest."""
         if self._doorbell is not None:
-            self._doorbell.remove(self.address)
-            self._doorbell = self.resume = None
+            self._take_off(self._doorbell)
             self.inserted = False
         elif self.inserted:
             self._kernel.target.remove_breakpoint(self.kind, self.address)
@@ -139,7 +171,7 @@ class Site:
         :return: whether it ended; otherwise it took an exception, which goes its own way
         """
         if self.resume is not None:
-            hit.regs.rip = self.resume  # there was a NOP, and endbr64 at the most
+            hit.regs.rip = self.resume  # there was a NOP, or nobody looks
             self.boosted += 1
             return True
         emulator = self._current_emulator()

@@ -8,6 +8,7 @@ times faster. Which of the two stopped it makes no difference to a handler.
 from collections.abc import Iterator
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
+from kgdbx.errors import ProbeError
 from kgdbx.resident.bells import BELL_WATCH_BYTES, Bell
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.program import Program
@@ -30,21 +31,35 @@ class Doorbell:
         self._places: dict[int, int] = {}  # that address by the one of the jump
         self._watched: int | None = None
 
-    def insert(self, address: int) -> int:
-        """Have a function ring.
+    @property
+    def is_ready(self) -> bool:
+        """Whether the guest has code of ours already."""
+        return self._engine.is_open and not self._engine.in_batch
+
+    def insert(self, address: int, *, only_looks: bool) -> int:
+        """Have a function ring; in a batch of the engine's, at its end.
+
+        The vCPU that rang does the displaced instructions in our code. With registers that a
+        handler has changed it would have to skip them, so they are a NOP, as ftrace leaves it.
 
         :param address: of its entry
+        :param only_looks: handlers change no register: any instructions may give way
         :return: the address that it goes on at
         :raises ProbeError: if its code cannot be patched, or the guest has no memory left
         """
         function = self._kernel.function_at(address)
         assert function is not None, "a probe is in a function"
         displacement = self._engine.displacement(function, address)
+        if not displacement.is_ftrace_nop:
+            if not only_looks:
+                raise ProbeError("the function does not begin with the NOP that ftrace patches")
+            target = self._kernel.target
+            if any(target.read_registers(n).rip == displacement.address for n in target.cpus()):
+                raise ProbeError("a vCPU stands where the jump would be")
         program = Program("bell", displacement)
         self._engine.install([program])
         self._programs[address] = program
         self._places[displacement.address] = address
-        self._watch()
         return displacement.resume
 
     def remove(self, address: int) -> None:
@@ -55,6 +70,10 @@ class Doorbell:
         self._engine.uninstall([program])
         if not self._programs:
             self._unwatch()
+
+    def place(self, address: int) -> int:
+        """Where the jump is that is there for an address: behind an ``endbr64``."""
+        return self._programs[address].displacement.address
 
     def rang(self, stop: Stop) -> bool:
         """Whether a stop is one of ours, and no one else's.
@@ -113,7 +132,8 @@ class Doorbell:
         """Stop watching."""
         self._unwatch()
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Have the stub stop the kernel when one rings."""
         bells = self._engine.bells
         if self._watched is None and bells is not None:
             self._kernel.target.insert_breakpoint(

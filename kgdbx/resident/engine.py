@@ -112,6 +112,11 @@ class Engine:
         return self._holding.per_cpu_offsets[cpu]
 
     @property
+    def in_batch(self) -> bool:
+        """Whether :meth:`install` waits for the end of a batch."""
+        return self._batch is not None
+
+    @property
     def is_open(self) -> bool:
         """Whether the guest has memory of ours."""
         return self._holding is not None

@@ -4,7 +4,7 @@ ftrace checks what is at a function's entry before it writes its call there. Ano
 own makes it warn, and switch itself off for good.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import drgn
 import numpy as np
@@ -30,6 +30,7 @@ class FtraceGuard:
 
     :param register: registers a probe
     :param probes: the registered probes
+    :param demote: puts breakpoints in the place of doorbells that jump from given addresses
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class FtraceGuard:
         engine: Engine,
         register: Callable[[Probe], Probe],
         probes: Iterable[Probe],
+        demote: Callable[[Container[int]], None],
     ) -> None:
         self._kernel = kernel
+        self._demote = demote
         self._engine = engine
         self._register = register
         self._probes = probes
@@ -59,8 +62,11 @@ class FtraceGuard:
             self._register(probe)
 
     def _before(self) -> None:
-        sites = self._engine.ftrace_sites
-        wanted = set(_to_be_traced(self._kernel)) & sites if sites else set()
+        if not self._engine.ftrace_sites:
+            return
+        traced = set(_to_be_traced(self._kernel))
+        self._demote(traced)
+        wanted = traced & self._engine.ftrace_sites
         if wanted:
             self._engine.lift(sorted(wanted))
             self._tell(wanted)

@@ -206,3 +206,47 @@ def test_stops_of_the_user_between(guest_of: GuestOf) -> None:
     guest.session.run(command=command, timeout_s=30)
     assert command.wait(5).output.startswith("1009 ")
     assert probe.hits == back.hits == 1209
+
+
+def test_a_function_that_ftrace_does_not_patch_keeps_its_breakpoint(guest: Any) -> None:
+    # A doorbell would do the first instruction, mov $512,%ecx, after both handlers, or never.
+    counts: Counter[int] = Counter()
+
+    def before(regs: Any) -> None:
+        regs.cx = 7
+
+    def after(regs: Any) -> None:
+        counts[regs.cx] += 1
+
+    probe = guest.session.register(Kprobe("clear_page_rep", before, post_handler=after))
+    while probe.hits < 2 * BUSY:
+        guest.run("caller 1 7")  # a program's pages
+    assert counts == {512: probe.hits}
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_our_own_probes_leave_no_breakpoint_beside_resident_ones(
+    guest_of: GuestOf, kernel: str
+) -> None:
+    guest = guest_of(kernel, modules=("dummy",))
+    before = guest.text()
+    (init,) = guest.session.define("p dummy:dummy_init_module")
+    assert any(site.resume is None for site in guest.session.probes.sites)
+    guest.session.define(f"p {CALL}", tier="resident")
+    sites = guest.session.probes.sites
+    assert len(sites) == 5  # the loader's three, ftrace's two
+    assert [site.unpromoted for site in sites if site.resume is None] == []
+    guest.run("modprobe dummy")
+    assert (init.hits, init.tier) == (1, "resident")
+    # Somebody else's handler may change registers there.
+    (found,) = guest.kernel.functions("ftrace_module_enable")
+    loading = guest.session.register(Kprobe("ftrace_module_enable", lambda regs: None))
+    (site,) = (s for s in guest.session.probes.sites if s.address == found.address)
+    assert site.resume is None
+    for turn in (2, 3):
+        guest.run("rmmod dummy && modprobe dummy")
+        assert (init.hits, loading.hits) == (turn, turn - 1)
+    assert not guest.session.probes.stray_stops
+    guest.session.probes.close()
+    guest.session.resident.close()
+    assert guest.text() == before

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.probe import HandlerFault, Probe
 
 FUNCTION = "__x64_sys_getpgid"
@@ -47,3 +48,17 @@ def test_ftrace_may_trace_what_we_probe(guest: Any) -> None:
     entry.unregister()
     other.unregister()
     assert guest.text() == text
+
+
+def test_ftrace_may_trace_where_a_doorbell_is(guest: Any) -> None:
+    tasks: list[str] = []
+    probe = guest.session.register(Kprobe(FUNCTION, lambda task: tasks.append(task.comm)))
+    guest.run("caller 2 100")
+    (site,) = (s for s in guest.session.probes.sites if s.address == probe.points[0].address)
+    assert site.resume is not None
+    guest.run(
+        f"echo {FUNCTION} > {TRACE}/set_ftrace_filter; echo function > {TRACE}/current_tracer"
+    )
+    assert site.resume is None
+    assert guest.run(f"{WORK}; {LINES}").split() == [str(CALLS)]
+    assert probe.hits == len(tasks) == 100 + CALLS
