@@ -108,7 +108,8 @@ class Session:
         self.resident = ResidentTier(
             kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
         )
-        self.probes.placing = self.resident.engine.batch
+        promotion = self.probes.promotion
+        promotion.placing = self.resident.engine.batch
         self.probes.clock_ns = StopClock(
             kernel, self.resident.engine, self.resident.reader, lambda: self._events.latest_ns
         ).ns
@@ -117,12 +118,12 @@ class Session:
             self.resident.engine,
             self.probes.register,
             self.probes,
-            self.probes.demote,
+            promotion.demote,
         )
         self.resident.engine.placed_listeners.append(guard.follow)
         if isinstance(target, RspTarget) and ram is not None:
-            self.probes.use_doorbell(self.resident.doorbell)
-            self.resident.engine.placed_listeners.append(self.probes.ring)
+            promotion.doorbell = self.resident.doorbell
+            self.resident.engine.placed_listeners.append(promotion.promote_own)
         self._done = threading.Event()
         self._stop_hooks: list[Callable[[Session], Any]] = []
         self._emitted = 0

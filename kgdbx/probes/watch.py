@@ -1,17 +1,18 @@
 """Data watch: a handler when memory is accessed, by a debug register."""
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 from kgdbx.errors import ProbeError
 from kgdbx.probes.context import context_suppliers
 from kgdbx.probes.handler import Supplier, bind_handler
-from kgdbx.probes.probe import Hit, Probe
+from kgdbx.probes.probe import Hit, Probe, State
 from kgdbx.probes.site import Attachment
 from kgdbx.symbols.kernel import Kernel
-from kgdbx.target.base import BreakpointKind
+from kgdbx.target.base import BreakpointKind, Stop
 
-__all__ = ("Watch",)
+__all__ = ("Watch", "Watches")
 
 _KINDS = {
     "w": BreakpointKind.WATCH_WRITE,
@@ -98,3 +99,50 @@ class Watch(Probe):
 
     def _value(self, kernel: Kernel) -> int:
         return int.from_bytes(kernel.memory.read(self.address, self.size_bytes), "little")
+
+
+class Watches:
+    """The watches of a manager; those of the same place share a debug register."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._watches: list[Watch] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._watches)
+
+    def place(self, watch: Watch) -> None:
+        """Arm a watch.
+
+        :raises ProbeError: ENOENT if there is no such variable, ENOSPC if no debug register is free
+        """
+        if isinstance(watch.where, int):
+            watch.address = watch.where
+        else:
+            address = self._kernel.object_address(watch.where)
+            if address is None:
+                raise ProbeError(f"there is no variable {watch.where!r}", errno.ENOENT)
+            watch.address = address
+        watch.prepare(self._kernel)
+        if not self._is_armed(watch):
+            self._kernel.target.insert_breakpoint(*watch.register)
+        self._watches.append(watch)
+        watch.state = State.ENABLED
+
+    def withdraw(self, watch: Watch) -> None:
+        """Disarm a watch; does nothing if it is not armed."""
+        if watch in self._watches:
+            self._watches.remove(watch)
+            if not self._is_armed(watch):
+                self._kernel.target.remove_breakpoint(*watch.register)
+
+    def accessed(self, hit: Hit, stop: Stop) -> None:
+        """Run the handlers of the watches that a watchpoint's stop is about."""
+        assert stop.address is not None
+        for watch in tuple(self._watches):
+            if watch.active and watch.covers(stop.address):
+                hit.address = hit.regs.rip
+                watch.accessed(hit)
+
+    def _is_armed(self, watch: Watch) -> bool:
+        return any(other.register == watch.register for other in self._watches)

@@ -1,0 +1,142 @@
+"""From a stop of the kernel to the handlers of the probes that were hit."""
+
+from kgdbx.probes.kretprobe import ReturnTable
+from kgdbx.probes.probe import Hit
+from kgdbx.probes.promotion import Promotion
+from kgdbx.probes.site import Doorbell, Site
+from kgdbx.probes.sites import Sites
+from kgdbx.probes.watch import Watches
+from kgdbx.symbols.kernel import Kernel
+from kgdbx.target.base import Stop, StopReason
+
+__all__ = ("Dispatcher",)
+
+
+class Dispatcher:
+    """Runs handlers at stops, and has the guest go on behind the displaced instruction.
+
+    :param returns: the calls that kretprobes follow
+    :param promotion: told of each hit
+    :ivar stray_stops: stops at no breakpoint of ours
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        sites: Sites,
+        watches: Watches,
+        returns: ReturnTable,
+        promotion: Promotion,
+    ) -> None:
+        self.stray_stops = 0
+        self._promotion = promotion
+        self._kernel = kernel
+        self._sites = sites
+        self._watches = watches
+        self._returns = returns
+
+    def on_stop(self, stop: Stop) -> bool:
+        """Handle a stop of the kernel.
+
+        :return: True to let the kernel run on
+        """
+        self._kernel.stopped()
+        if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
+            return False
+        doorbell = self._promotion.doorbell
+        if doorbell is not None:
+            # A handler that has the guest make calls is under way: bells wait until it is through.
+            stands = self._sites.handling is None and self._answer(doorbell)
+            if stands or doorbell.rang(stop):
+                return not stands
+        target = self._kernel.target
+        regs = target.read_registers(stop.cpu)
+        hit = Hit(self._kernel, stop.cpu, regs, regs.rip)
+        outer, self._sites.handling = self._sites.handling, stop.cpu
+        try:
+            if stop.reason is StopReason.WATCHPOINT:
+                self._watches.accessed(hit, stop)
+            else:
+                self._on_breakpoint(hit)
+        finally:
+            self._sites.handling = outer
+            target.write_registers(stop.cpu, hit.regs)
+            self._sites.remove_stale()
+        return not hit.stop_requested and self._promotion.promote_busy()
+
+    def settle(self) -> None:
+        """Handle the hits that wait; the kernel stands, and was not stopped by one of them."""
+        if self._promotion.doorbell is not None:
+            self._answer(self._promotion.doorbell)
+
+    # Doorbells
+
+    def _answer(self, doorbell: Doorbell) -> bool:
+        # Whether the kernel is to be left standing. Each stop may find several hits, its own
+        # among them or not.
+        stands = False
+        try:
+            for cpu, address, regs, tsc in doorbell.hits():
+                hit = Hit(self._kernel, cpu, regs, address, tsc)
+                site = self._sites.at(address)
+                resume = site.resume if site is not None else None
+                self._sites.handling = cpu
+                try:
+                    if resume is not None:
+                        self._on_breakpoint(hit)
+                finally:
+                    stands = stands or hit.stop_requested
+                    doorbell.release(cpu, hit.regs, resume, stands=hit.stop_requested)
+        finally:
+            self._sites.handling = None
+            self._sites.remove_stale()
+        return stands
+
+    # Breakpoints
+
+    def _on_breakpoint(self, hit: Hit) -> None:
+        site = self._sites.at(hit.regs.rip)
+        if site is None:
+            # QEMU reports a vCPU again that reached its breakpoint while another one's was being
+            # reported (debug_requested in system/runstate.c); that one has been dealt with.
+            self.stray_stops += 1
+        while site is not None:
+            hit.address = site.address
+            self._run_site(site, hit)
+            # What follows may be another site: it must not be run past.
+            next_site = None if site.only_looks else self._sites.at(hit.regs.rip)
+            if next_site is None and self._promotion.doorbell is not None:
+                site.pass_patched(hit)
+            site = None if next_site is site else next_site
+
+    def _run_site(self, site: Site, hit: Hit) -> None:
+        if site.left_standing and site.left_standing.pop(hit.cpu, None) == hit.regs.rsp:
+            site.execute_displaced(hit, None)
+            return
+        site.hits += 1
+        self._promotion.note(site)
+        if site.watches_returns:
+            self._run_returns(site, hit)
+            hit.address = site.address
+        attachments = tuple(a for a in site.attachments if a.probe.active)
+        skip = any(a.probe.active and a.before(hit) for a in attachments)
+        if hit.regs.rip != site.address:
+            return  # a handler sent the guest elsewhere
+        if skip:
+            site.skip_displaced(hit)
+        elif site.execute_displaced(hit, self._watches.accessed if self._watches else None):
+            hit.address = site.address
+            for attachment in attachments:
+                if attachment.probe.active:
+                    attachment.after(hit)
+        if hit.stop_requested and self._kernel.function_at(hit.regs.rip) is None:
+            # It went into code of ours, which would tell the user nothing: the kernel stands
+            # where it was hit, and that is no second hit when it goes on.
+            hit.regs.rip = site.address
+            site.left_standing[hit.cpu] = hit.regs.rsp
+
+    def _run_returns(self, site: Site, hit: Hit) -> None:
+        for instance in self._returns.returning(hit.task.address, hit.regs.rsp):
+            if instance.rp.active:
+                instance.entry.returned(hit, instance)
+        self._sites.returned(site)

@@ -1,0 +1,106 @@
+"""Breakpoints give way to doorbells, which stop the kernel faster or cost it nothing, and back."""
+
+from collections.abc import Callable, Container
+from contextlib import AbstractContextManager, nullcontext
+
+from kgdbx.errors import KgdbxError
+from kgdbx.probes.site import Doorbell, Site
+from kgdbx.probes.sites import Sites
+
+__all__ = ("Promotion",)
+
+_BUSY_HITS = 64  # a doorbell takes as long to install as about as many breakpoints' stops
+
+
+class Promotion:
+    """Decides which sites have doorbells.
+
+    :ivar doorbell: makes them; None if there can be none
+    :ivar placing: entered while several are placed
+    :ivar must_stand: whether a stop while one was made is to leave the kernel standing
+    """
+
+    def __init__(self, sites: Sites) -> None:
+        self.doorbell: Doorbell | None = None
+        self.placing: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.must_stand = False
+        self._sites = sites
+        self._busy: list[Site] = []
+        self._promoting = False
+
+    def note(self, site: Site) -> None:
+        """After a hit: a site that has many is promoted when the handlers are through."""
+        if site.hits == _BUSY_HITS and site.can_ring and not site.is_ours:
+            self._busy.append(site)
+
+    def promote_busy(self) -> bool:
+        """Promote what is hit often; whether the kernel may run on."""
+        # The guest runs meanwhile, and other probes may be hit, and become busy.
+        if self._promoting or self.doorbell is None:
+            return True
+        self._promoting = True
+        self.must_stand = False
+        try:
+            while self._busy:
+                site = self._busy.pop()
+                if self._sites.at(site.address) is site and site.can_ring:
+                    self._promote(self.doorbell, [site], only_looks=False)
+        finally:
+            self._promoting = False
+        return not self.must_stand
+
+    def promote_own(self) -> None:
+        """Promote the sites of kgdbx's own probes, once the guest has code of ours anyway.
+
+        A breakpoint costs the guest time wherever it is: QEMU goes through all of them at each
+        jump to another page (check_for_breakpoints() in accel/tcg/cpu-exec.c).
+        """
+        doorbell = self.doorbell
+        if doorbell is None or not doorbell.is_ready:
+            return
+        if self._promoting or self._sites.handling is not None:
+            return
+        sites = [
+            site
+            for site in self._sites
+            if site.is_ours and site.can_ring and site.resume is None and not site.unpromoted
+        ]
+        if sites:
+            self._promoting = True
+            try:
+                self._promote(doorbell, sites, only_looks=True)
+            finally:
+                self._promoting = False
+
+    def _promote(self, doorbell: Doorbell, sites: list[Site], *, only_looks: bool) -> None:
+        made: dict[Site, int] = {}
+        try:
+            with self.placing():
+                for site in sites:
+                    try:
+                        made[site] = doorbell.insert(site.address, only_looks=only_looks)
+                    except KgdbxError as e:
+                        site.unpromoted = str(e)
+        except KgdbxError as e:
+            for site in made:
+                doorbell.remove(site.address)
+                site.unpromoted = str(e)
+            return
+        doorbell.watch()
+        for site, resume in made.items():
+            site.promote(doorbell, resume, only_looks=only_looks)
+
+    def demote(self, addresses: Container[int]) -> None:
+        """Put breakpoints in the place of doorbells.
+
+        :param addresses: of their jumps
+        """
+        for site in self._sites:
+            if site.jumps_from in addresses:
+                site.demote()
+
+    def demote_own(self) -> None:
+        """Put the breakpoints of kgdbx's own probes back: the kernel's code is whole again."""
+        for site in self._sites:
+            if site.is_ours:
+                site.demote()
