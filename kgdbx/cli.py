@@ -20,8 +20,8 @@ import kgdbx.shell.program
 from kgdbx.commands import program
 from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import add_arguments
+from kgdbx.definitions import Refused
 from kgdbx.errors import CommandError, KgdbxError, ProbeError
-from kgdbx.session import Refused
 
 __all__ = ("main",)
 

@@ -1,37 +1,30 @@
 """A session: one target, its kernel and its probes, closed in reverse order."""
 
 import contextlib
-import dataclasses
-import fnmatch
-import functools
 import itertools
-import math
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Self
 
-from kgdbx.endings import GuestCommand, stop_at_end, stop_on_signals
-from kgdbx.errors import CommandError, KgdbxError, ProbeError, TargetLost, TargetTimeout
+from kgdbx.definitions import Definitions, Tier
+from kgdbx.endings import GuestCommand
+from kgdbx.errors import TargetLost
 from kgdbx.leaks.watch import LeakWatch
 from kgdbx.machine.headers import kernel_header
 from kgdbx.probes.arguments import argument_suppliers
-from kgdbx.probes.defined import probe_from_definition
-from kgdbx.probes.definition import ProbeDefinition, parse_definition
+from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.event import Event
 from kgdbx.probes.event_queue import EventfulManager, EventQueue
 from kgdbx.probes.manager import ProbeManager
-from kgdbx.probes.probe import Hit, Probe
+from kgdbx.probes.probe import Probe
 from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import read_script
-from kgdbx.resident.compile.codegen import NotResident
 from kgdbx.resident.ftrace_guard import FtraceGuard
-from kgdbx.resident.place.displacement import CannotDisplace
 from kgdbx.resident.recover import Recovery
 from kgdbx.resident.stop_clock import StopClock
 from kgdbx.resident.tier import ResidentTier
 from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe
+from kgdbx.runner import Runner
 from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop, Target
@@ -39,31 +32,7 @@ from kgdbx.target.core import CoreRam
 from kgdbx.target.ram import GuestRam
 from kgdbx.target.rsp import RspTarget
 
-__all__ = ("Refused", "Session", "Tier")
-
-Tier: TypeAlias = Literal["auto", "resident", "stop"]
-"""Where the hits of a definition are handled."""
-
-_NOT_RESIDENT = (NotResident, CannotDisplace, TargetTimeout)
-
-_GLOB_LIMIT = 500
-_DRAIN_S = 0.25
-_SLICE_S = 0.01
-_HOLD_S = 10.0
-
-
-class Refused(KgdbxError):
-    """Some of several probes could not be placed.
-
-    :ivar placed: those that are registered
-    :ivar errors: message by function name
-    """
-
-    def __init__(self, placed: list[Probe], errors: dict[str, str]) -> None:
-        self.placed = placed
-        self.errors = errors
-        lines = "\n".join(f"  {name}: {message}" for name, message in errors.items())
-        super().__init__(f"{len(placed)} probes placed, {len(errors)} refused:\n{lines}")
+__all__ = ("Session",)
 
 
 class Session:
@@ -101,17 +70,24 @@ class Session:
         self.leak_watch: LeakWatch | None = None
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
-        self._events = EventQueue(self.event_listeners)
+        events = EventQueue(self.event_listeners)
         self.probes: ProbeManager = EventfulManager(
-            kernel, self._events, self._take_before, self._holds_back
+            kernel,
+            events,
+            lambda: self._runner.take_resident(),
+            lambda: self._runner.holds_back(),
         )
         self.resident = ResidentTier(
             kernel, self.probes.on_stop_between, ram, journal, lambda: self.probes.handling
         )
+        self._runner = Runner(kernel, self.probes, self.resident, events, self.idle_hooks)
+        self._definitions = Definitions(
+            self.probes, self.resident, self._runner, self.function_names
+        )
         promotion = self.probes.promotion
         promotion.placing = self.resident.engine.batch
         self.probes.clock_ns = StopClock(
-            kernel, self.resident.engine, self.resident.reader, lambda: self._events.latest_ns
+            kernel, self.resident.engine, self.resident.reader, lambda: events.latest_ns
         ).ns
         guard = FtraceGuard(
             kernel,
@@ -124,13 +100,7 @@ class Session:
         if isinstance(target, RspTarget) and ram is not None:
             promotion.doorbell = self.resident.doorbell
             self.resident.engine.placed_listeners.append(promotion.promote_own)
-        self._done = threading.Event()
         self._stop_hooks: list[Callable[[Session], Any]] = []
-        self._emitted = 0
-        self._held_since = math.inf
-        self._limit: int | None = None
-        self._on_panic: Callable[[], None] | None = None
-        self._stop_on: set[str] = set()
         self._closed = False
 
     # Probes
@@ -153,19 +123,7 @@ class Session:
         :raises ProbeError: if the probe cannot be placed
         :raises Refused: if some of a pattern's functions could not be probed; the others are
         """
-        definition = parse_definition(text) if isinstance(text, str) else text
-        if definition.kind == "-":
-            name = definition.event_name
-            if definition.group is not None:
-                name = f"{definition.group}/{name}"
-            probe = self.probes.find(name)
-            probe.unregister()
-            return [probe]
-        if not definition.is_glob:
-            return [self._define_one(definition, hardware, stop, tier)]
-        return self.define_many(
-            self._expand(definition), hardware=hardware, stop=stop, tier=tier, inlined_copies=False
-        )
+        return self._definitions.define(text, hardware=hardware, stop=stop, tier=tier)
 
     def define_many(
         self,
@@ -181,22 +139,9 @@ class Session:
         :param inlined_copies: probe inlined copies of functions too
         :raises Refused: if some could not be placed; the others are
         """
-        placed: list[Probe] = []
-        errors: dict[str, str] = {}
-        try:
-            with self.resident.engine.batch():
-                for each in definitions:
-                    try:
-                        placed.append(self._define_one(each, hardware, stop, tier, inlined_copies))
-                    except KgdbxError as e:
-                        errors[each.function or each.text] = str(e)
-        except BaseException:
-            for probe in reversed(placed):
-                probe.unregister()
-            raise
-        if errors:
-            raise Refused(placed, errors)
-        return placed
+        return self._definitions.define_many(
+            definitions, hardware=hardware, stop=stop, tier=tier, inlined_copies=inlined_copies
+        )
 
     def register(self, probe: Probe) -> Probe:
         """Register a probe with handlers of its own."""
@@ -345,54 +290,7 @@ class Session:
         :raises TargetLost: if the guest shuts down or is killed
         :raises Exception: what an event listener or an idle hook raised
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._limit = None if count is None else self._emitted + count
-        done = self._done = threading.Event()
-        self.target.forget_stop_request()
-        self._events.hurry = False
-        self._on_panic = None if self.kernel.panicked else done.set
-        try:
-            with (
-                stop_on_signals(self.target, done, self._events),
-                stop_at_end(self.target, command, done),
-            ):
-                try:
-                    stop = self._run(done, deadline, command)
-                finally:
-                    self._idle()
-                # Events of the guest's own making end a run without a stop that was one of them.
-                return self.target.interrupt() if stop is None and self.limit_reached else stop
-            return None  # a signal came while a listener was stuck
-        finally:
-            # It was meant for this run. The next may be one that takes probes out.
-            self.target.forget_stop_request()
-
-    def _run(
-        self, done: threading.Event, deadline: float | None, command: GuestCommand | None
-    ) -> Stop | None:
-        while not done.is_set():
-            now = time.monotonic()
-            end = math.inf if deadline is None else deadline
-            if end <= now:
-                break
-            # Where the guest's memory can be read at stops only, it is stopped to be read.
-            until = min(end, now + _DRAIN_S) if self._drains_at_stops else end
-            remaining = None if until == math.inf else until - now
-            stop = self.target.run(self.probes.on_stop, remaining, self._beside)
-            self._events.raise_error()
-            if stop is not None:
-                return stop
-            if command is not None and command.poll() is not None:
-                break
-            if command is None and not until <= time.monotonic() < end:
-                break
-            if self._drains_at_stops:
-                self._idle()
-        return None
-
-    @property
-    def _drains_at_stops(self) -> bool:
-        return self.resident.engine.is_open and not self.target.capabilities.reads_while_running
+        return self._runner.run(timeout_s, count, command)
 
     def poll(self, budget_s: float | None = None) -> bool:
         """Hand out what was recorded since; for faces whose kernel runs without :meth:`run`.
@@ -401,53 +299,12 @@ class Session:
         :return: whether a rest was left
         :raises Exception: what an event listener or an idle hook raised
         """
-        if not self.resident.engine.is_open or self.resident.engine.calling or self._closed:
-            return False
-        deadline = math.inf if budget_s is None else time.monotonic() + budget_s
-        # A part at a time: what listeners do with the events takes longer than to read them.
-        while rest := self._idle(min(deadline, time.monotonic() + _SLICE_S)):
-            if time.monotonic() > deadline:
-                break
-        return rest
-
-    def _beside(self) -> None:
-        self._idle()
-
-    def _idle(self, deadline: float | None = None) -> bool:
-        if not self.target.running:
-            self.probes.settle()
-        rest = self._take_resident(deadline)
-        if self._on_panic is not None and self._panicked():
-            self._on_panic()
-            self.target.request_stop()
-        for hook in tuple(self.idle_hooks):
-            hook()
-        if not (self.target.running and self._holds_back()):
-            self._events.deliver()
-        self._events.raise_error()
-        return rest
-
-    def _holds_back(self) -> bool:
-        # A record that was being written is older than what has happened since.
-        if not self.resident.engine.in_flight:
-            self._held_since = math.inf
-            return False
-        now = time.monotonic()
-        self._held_since = min(self._held_since, now)
-        return now - self._held_since < _HOLD_S
-
-    def _panicked(self) -> bool:
-        capabilities = self.target.capabilities
-        readable = capabilities.reads_while_running or not self.target.running
-        try:
-            return readable and self.kernel.panicked
-        except TargetLost:
-            return False  # what it had recorded is still handed out
+        return not self._closed and self._runner.poll(budget_s)
 
     @property
     def limit_reached(self) -> bool:
         """Whether the last :meth:`run` ended by its number of events."""
-        return self._limit is not None and self._emitted >= self._limit
+        return self._runner.limit_reached
 
     @property
     def closed(self) -> bool:
@@ -480,43 +337,6 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _define_one(
-        self,
-        definition: ProbeDefinition,
-        hardware: bool,
-        stop: bool,
-        tier: Tier,
-        inlined_copies: bool = True,
-    ) -> Probe:
-        if definition.name is None:
-            definition = self._named(definition)
-        reason = _stops_because(definition, hardware, stop, tier)
-        if not reason:
-            try:
-                may_stop = tier == "auto" and definition.aggregation is None
-                resident = self.resident.probe(
-                    definition,
-                    inlined_copies=inlined_copies,
-                    stopping=functools.partial(
-                        probe_from_definition, definition, self.kernel, self._emit
-                    )
-                    if may_stop
-                    else None,
-                )
-                return self.probes.register(resident)
-            except _NOT_RESIDENT as e:
-                if tier == "resident" or definition.aggregation is not None:
-                    raise
-                reason = str(e)
-        elif tier == "resident" or definition.aggregation is not None:
-            raise ProbeError(f"{definition.event_name} cannot run in the guest: {reason}")
-        probe = probe_from_definition(definition, self.kernel, self._emit, hardware=hardware)
-        probe.tier_reason = reason
-        probe.inlined_copies &= inlined_copies
-        self.probes.register(probe)
-        (self._stop_on.add if stop else self._stop_on.discard)(probe.name)
-        return probe
-
     def _register_verdict(self, probe: VerdictProbe, name: str | None) -> VerdictProbe:
         if name is None:
             taken = {other.name for other in self.probes}
@@ -524,72 +344,3 @@ class Session:
             probe.name = next(each for each in names if each not in taken)
         self.probes.register(probe)
         return probe
-
-    def _named(self, definition: ProbeDefinition) -> ProbeDefinition:
-        # perf probe's way: the second probe at a place gets _1 behind its name.
-        taken = {probe.name for probe in self.probes}
-        base = name = definition.event_name
-        for number in itertools.count(1):
-            if f"{definition.event_group}/{name}" not in taken:
-                break
-            name = f"{base}_{number}"
-        return dataclasses.replace(definition, name=name)
-
-    def _expand(self, definition: ProbeDefinition) -> Iterator[ProbeDefinition]:
-        assert definition.function is not None
-        pattern = definition.function
-        names = [
-            name
-            for name in self.function_names(definition.module)
-            if fnmatch.fnmatchcase(name, pattern) and not name.startswith("__pfx_")
-        ]
-        if not names:
-            raise ProbeError(f"no function matches {pattern!r}")
-        if len(names) > _GLOB_LIMIT:
-            raise CommandError(
-                f"{pattern!r} matches {len(names)} functions, more than {_GLOB_LIMIT}; "
-                "narrow it down"
-            )
-        prefix = f"{definition.name}_" if definition.name else None
-        for name in names:
-            yield dataclasses.replace(
-                definition,
-                function=name,
-                name=f"{prefix}{name.replace('.', '_')}" if prefix else None,
-                text="",
-            )
-
-    def _take_before(self) -> None:
-        self._take_resident()
-
-    def _take_resident(self, deadline: float | None = None) -> bool:
-        # What was recorded in the guest: the order is kept with what is handled at stops.
-        if self._drains_at_stops and self.target.running:
-            return False
-        events = self.resident.events(final=not self.target.running)
-        late = False
-        while not (late or self.limit_reached) and (event := next(events, None)) is not None:
-            self._emitted += 1
-            self._events.append(event)
-            late = deadline is not None and time.monotonic() > deadline
-        if self.limit_reached:
-            self._done.set()
-            self.target.request_stop()
-        return late
-
-    def _emit(self, event: Event, hit: Hit) -> None:
-        self._emitted += 1
-        self._events.append(event)
-        if self.limit_reached or event.probe in self._stop_on:
-            hit.stop()
-
-
-def _stops_because(definition: ProbeDefinition, hardware: bool, stop: bool, tier: Tier) -> str:
-    # What was asked for that code in the guest cannot do, whatever the definition.
-    if tier == "stop":
-        return "asked for"
-    if definition.kind not in "pr":
-        return "a data watch"
-    if hardware:
-        return "a debug register is asked for"
-    return "the kernel is to stand after each event" if stop else ""

@@ -20,11 +20,11 @@ from kgdbx.bench.calls import (
 from kgdbx.bench.figure import Figure, figure, ratio
 from kgdbx.bench.native import entry_cost
 from kgdbx.bench.stop_tier import hits_per_second_in_gdb
+from kgdbx.definitions import Refused
 from kgdbx.errors import MachineError
 from kgdbx.machine.snapshot import clone, make_template
 from kgdbx.machine.vm import configure
 from kgdbx.probes.definition import parse_definition
-from kgdbx.session import Refused
 from kgdbx.trace.binary import FILE_HEADER, FRAME_HEADER, FrameType
 from kgdbx.trace.recording_writer import RecordingWriter
 

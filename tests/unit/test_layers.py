@@ -17,7 +17,7 @@ LAYERS = (
     {"trace"},
     {"machine"},
     {"leaks"},
-    {"endings", "gdb_launch", "session"},
+    {"definitions", "endings", "gdb_launch", "runner", "session"},
     {"attach"},
     {"doctor"},
     {"render"},

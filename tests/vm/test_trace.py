@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kgdbx.attach import attach_vm
+from kgdbx.definitions import Refused
 from kgdbx.machine.vm import Vm
-from kgdbx.session import Refused
 from kgdbx.trace.functions import definitions
 from kgdbx.trace.recording import Lost, Recording
 

@@ -12,12 +12,13 @@ from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.listing import probe_table
 from kgdbx.commands.session.probe import describe
+from kgdbx.definitions import Refused
 from kgdbx.endings import raise_interrupt
 from kgdbx.errors import CommandError
 from kgdbx.machine.vm import find_vm
 from kgdbx.probes.probe import HandlerFault, Probe
 from kgdbx.render import pick_style
-from kgdbx.session import Refused, Session
+from kgdbx.session import Session
 from kgdbx.target.serial_line import is_tty
 from kgdbx.trace.json_lines import JsonLinesSink, json_line
 from kgdbx.trace.map_text import map_json, map_text

@@ -20,11 +20,12 @@ from kgdbx.commands.program.probe import (
 )
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.listing import probe_table
+from kgdbx.definitions import Refused, Tier
 from kgdbx.errors import CommandError, ProbeError, SymbolError
 from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.probe import Probe
 from kgdbx.render import pick_style
-from kgdbx.session import Refused, Session, Tier
+from kgdbx.session import Session
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.trace.chrome import ChromeSink
 from kgdbx.trace.endpoint import Endpoint, FifoEndpoint, SocketEndpoint

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from kgdbx.definitions import Refused
 from kgdbx.errors import DefinitionError, ProbeError
 from kgdbx.probes.event import Event
 from kgdbx.probes.value import Unreadable
-from kgdbx.session import Refused
 
 CALLS = 23
 GuestOf = Callable[..., Any]
