@@ -14,7 +14,8 @@ from kgdbx.resident.compile.stub import StubCall, site_stub
 from kgdbx.resident.compile.unit import Unit
 from kgdbx.resident.ring import Stream
 
-CODE, DATA, SIZE = 0x40000000, 0x50000000, 1 << 20
+# Below 2 GiB, as the code is addressed, and far from the heap, which begins below 1.1 GiB.
+CODE, DATA, SIZE = 0x70000000, 0x78000000, 1 << 20
 PROBES, CONTROL, CHUNKS, RING = DATA, DATA + 0x200, DATA + 0x300, DATA + 0x1000
 FUNCTION = CODE + 0x10000
 SLOT, SLOTS, CHUNK_SLOTS = 64, 16, 4
