@@ -12,26 +12,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import drgn
 
 from kgdbx.errors import MemoryFault, ProbeError, SymbolError
-from kgdbx.probes.expression import (
-    AtSymbol,
-    Binary,
-    Cast,
-    Dereference,
-    Expr,
-    Index,
-    Literal,
-    Member,
-    Name,
-    Register,
-    SizeOf,
-    SizeOfType,
-    Special,
-    String,
-    Ternary,
-    Unary,
-    format_expression,
-    is_text,
-)
+from kgdbx.probes import expression as syntax
 from kgdbx.probes.operators import ARITHMETIC, COMPARISONS, UNARY, pointer, with_integers
 from kgdbx.probes.value import AGGREGATES, MAX_STRING_BYTES, decode_text, underlying_type
 
@@ -108,7 +89,7 @@ class Scope(Protocol):
         """
 
 
-def evaluate(expr: Expr, scope: Scope) -> drgn.Object | str:
+def evaluate(expr: syntax.Expr, scope: Scope) -> drgn.Object | str:
     """Value of an expression: a string if :func:`~kgdbx.probes.expression.is_text`, else an object.
 
     Integers and pointers have been read; an aggregate is a reference.
@@ -128,12 +109,12 @@ def evaluate(expr: Expr, scope: Scope) -> drgn.Object | str:
     return guarded(expr, read)(scope)
 
 
-def compile_condition(expr: Expr) -> Callable[[Scope], bool]:
+def compile_condition(expr: syntax.Expr) -> Callable[[Scope], bool]:
     """Prepare a condition; the function that is returned raises as :func:`evaluate` does."""
     return guarded(expr, _truth(expr))
 
 
-def locate(expr: Expr, scope: Scope) -> tuple[int, int | None]:
+def locate(expr: syntax.Expr, scope: Scope) -> tuple[int, int | None]:
     """Address and size of the memory that an expression stands for; for a data watch.
 
     A variable or member gives its own memory; a number or ``&x`` that which it points to.
@@ -143,7 +124,7 @@ def locate(expr: Expr, scope: Scope) -> tuple[int, int | None]:
     """
 
     def find(scope: Scope) -> tuple[int, int | None]:
-        if isinstance(expr, AtSymbol | Dereference):
+        if isinstance(expr, syntax.AtSymbol | syntax.Dereference):
             return _address(expr)(scope), None
         value = _compile(expr)(scope)
         if isinstance(value, str):
@@ -159,7 +140,7 @@ def locate(expr: Expr, scope: Scope) -> tuple[int, int | None]:
     return guarded(expr, find)(scope)
 
 
-def guarded(expr: Expr, function: Callable[[Scope], _T]) -> Callable[[Scope], _T]:
+def guarded(expr: syntax.Expr, function: Callable[[Scope], _T]) -> Callable[[Scope], _T]:
     """Have a function that evaluates *expr* raise as :func:`evaluate` does.
 
     It is the border: no exception of drgn and no error in an operand leaves as itself.
@@ -171,83 +152,83 @@ def guarded(expr: Expr, function: Callable[[Scope], _T]) -> Callable[[Scope], _T
         except drgn.FaultError as e:
             raise MemoryFault(e.address, 1) from e
         except drgn.ObjectAbsentError as e:
-            text = format_expression(expr)
+            text = syntax.format_expression(expr)
             raise SymbolError(f"'{text}' is optimized out here", symbol=text) from e
         except _FOREIGN as e:
             reason = e.args[0] if e.args else type(e).__name__
-            raise ProbeError(f"cannot evaluate '{format_expression(expr)}': {reason}") from e
+            raise ProbeError(f"cannot evaluate '{syntax.format_expression(expr)}': {reason}") from e
 
     return guarded
 
 
-def _compile(expr: Expr) -> Callable[[Scope], _Value]:
-    return compile_text(expr) if is_text(expr) else compile_object(expr)
+def _compile(expr: syntax.Expr) -> Callable[[Scope], _Value]:
+    return compile_text(expr) if syntax.is_text(expr) else compile_object(expr)
 
 
-def compile_object(expr: Expr) -> Callable[[Scope], drgn.Object]:
+def compile_object(expr: syntax.Expr) -> Callable[[Scope], drgn.Object]:
     """Prepare an expression that is no string."""
     match expr:
-        case Literal(value, type_name):
+        case syntax.Literal(value, type_name):
             return _once(lambda program: drgn.Object(program, type_name, value))
-        case SizeOfType(type_name):
+        case syntax.SizeOfType(type_name):
             size = _once(lambda program: drgn.sizeof(program.type(type_name)))
             return lambda scope: _unsigned_long(scope, size(scope))
-        case Name(name):
+        case syntax.Name(name):
             return lambda scope: _lookup(scope, name)
-        case Register(name):
+        case syntax.Register(name):
             return lambda scope: _unsigned_long(scope, scope.register(name))
-        case Special():
+        case syntax.Special():
             return _special(expr)
-        case Member(operand, name):
+        case syntax.Member(operand, name):
             base = compile_object(operand)
             return lambda scope: base(scope).member_(name)
-        case Index(operand, index):
+        case syntax.Index(operand, index):
             base, number = compile_object(operand), compile_object(index)
             return lambda scope: base(scope)[number(scope)]
-        case Cast(type_name, operand):
+        case syntax.Cast(type_name, operand):
             base, to = compile_object(operand), _once(lambda program: program.type(type_name))
             return lambda scope: drgn.cast(to(scope), base(scope))
-        case SizeOf(operand):
+        case syntax.SizeOf(operand):
             base = compile_object(operand)
             return lambda scope: _unsigned_long(scope, drgn.sizeof(base(scope)))
-        case Dereference() | AtSymbol():
+        case syntax.Dereference() | syntax.AtSymbol():
             memory = compile_memory(expr, 8)
             return lambda scope: _unsigned_long(scope, int.from_bytes(memory(scope), "little"))
-        case Ternary(condition, then, otherwise):
+        case syntax.Ternary(condition, then, otherwise):
             test, first, second = _truth(condition), compile_object(then), compile_object(otherwise)
             return lambda scope: first(scope) if test(scope) else second(scope)
-        case Unary(sign, operand) if sign != "!":
+        case syntax.Unary(sign, operand) if sign != "!":
             base, change = compile_object(operand), UNARY[sign]
             return lambda scope: change(base(scope))
-        case Binary(sign, left, right) if sign in ARITHMETIC:
+        case syntax.Binary(sign, left, right) if sign in ARITHMETIC:
             first, second, combine = compile_object(left), compile_object(right), ARITHMETIC[sign]
             if sign in "+-":
                 return lambda scope: combine(first(scope), second(scope))
             return lambda scope: with_integers(combine, first(scope), second(scope))
-        case Unary() | Binary():
+        case syntax.Unary() | syntax.Binary():
             test = _truth(expr)
             return lambda scope: drgn.Object(scope.program, "int", int(test(scope)))
-        case String():
+        case syntax.String():
             raise TypeError("a string is no object")
 
 
-def _truth(expr: Expr) -> Callable[[Scope], bool]:
+def _truth(expr: syntax.Expr) -> Callable[[Scope], bool]:
     match expr:
-        case Unary("!", operand):
+        case syntax.Unary("!", operand):
             test = _truth(operand)
             return lambda scope: not test(scope)
-        case Binary("&&", left, right):
+        case syntax.Binary("&&", left, right):
             before, after = _truth(left), _truth(right)
             return lambda scope: before(scope) and after(scope)
-        case Binary("||", left, right):
+        case syntax.Binary("||", left, right):
             before, after = _truth(left), _truth(right)
             return lambda scope: before(scope) or after(scope)
-        case Binary("~", left, String(pattern)):
+        case syntax.Binary("~", left, syntax.String(pattern)):
             text, matches = compile_text(left), re.compile(fnmatch.translate(pattern)).match
             return lambda scope: matches(text(scope)) is not None
-        case Binary(sign, left, right) if sign in COMPARISONS:
+        case syntax.Binary(sign, left, right) if sign in COMPARISONS:
             compare = COMPARISONS[sign]
-            if is_text(left) or is_text(right):
+            if syntax.is_text(left) or syntax.is_text(right):
                 one, other = compile_text(left), compile_text(right)
                 return lambda scope: compare(one(scope), other(scope))
             first, second = compile_object(left), compile_object(right)
@@ -256,14 +237,14 @@ def _truth(expr: Expr) -> Callable[[Scope], bool]:
     return lambda scope: bool(value(scope))
 
 
-def compile_text(expr: Expr) -> Callable[[Scope], str]:
+def compile_text(expr: syntax.Expr) -> Callable[[Scope], str]:
     """Prepare an expression that is a string, or read as one."""
     match expr:
-        case String(value):
+        case syntax.String(value):
             return lambda scope: value
-        case Special("comm"):
+        case syntax.Special("comm"):
             return _comm
-        case Ternary(condition, then, otherwise) if is_text(expr):
+        case syntax.Ternary(condition, then, otherwise) if syntax.is_text(expr):
             test, if_true, if_false = _truth(condition), compile_text(then), compile_text(otherwise)
             return lambda scope: if_true(scope) if test(scope) else if_false(scope)
     return compile_string(expr, user=False)
@@ -274,10 +255,10 @@ def _comm(scope: Scope) -> str:
     return decode_text(comm.string_()) if isinstance(comm, drgn.Object) else str(comm)
 
 
-def compile_string(expr: Expr, *, user: bool) -> Callable[[Scope], str]:
+def compile_string(expr: syntax.Expr, *, user: bool) -> Callable[[Scope], str]:
     """Prepare the string that an expression points to; *user*: in user memory in any case."""
-    if isinstance(expr, Dereference | AtSymbol):
-        address, user = _address(expr), user or (isinstance(expr, Dereference) and expr.user)
+    if isinstance(expr, syntax.Dereference | syntax.AtSymbol):
+        address, user = _address(expr), user or (isinstance(expr, syntax.Dereference) and expr.user)
         return lambda scope: read_string(scope, address(scope), user)
     value = compile_object(expr)
 
@@ -290,20 +271,20 @@ def compile_string(expr: Expr, *, user: bool) -> Callable[[Scope], str]:
     return read
 
 
-def _address(expr: Dereference | AtSymbol) -> Callable[[Scope], int]:
+def _address(expr: syntax.Dereference | syntax.AtSymbol) -> Callable[[Scope], int]:
     offset = expr.offset_bytes
-    if isinstance(expr, Dereference):
+    if isinstance(expr, syntax.Dereference):
         base = compile_object(expr.operand)
         return lambda scope: (pointer(base(scope)) + offset) & _MASK
     symbol = expr.symbol
     return lambda scope: (pointer(scope.symbol(symbol).address_of_()) + offset) & _MASK
 
 
-def compile_memory(expr: Expr, size_bytes: int) -> Callable[[Scope], bytes]:
+def compile_memory(expr: syntax.Expr, size_bytes: int) -> Callable[[Scope], bytes]:
     """Prepare the memory that an expression stands for or points to."""
-    if isinstance(expr, Dereference | AtSymbol):
+    if isinstance(expr, syntax.Dereference | syntax.AtSymbol):
         address = _address(expr)
-        if isinstance(expr, Dereference) and expr.user:
+        if isinstance(expr, syntax.Dereference) and expr.user:
             return lambda scope: scope.read_user(address(scope), size_bytes)
         return lambda scope: scope.read_kernel(address(scope), size_bytes)
     value = compile_object(expr)
@@ -348,7 +329,7 @@ def _lookup(scope: Scope, name: str) -> drgn.Object:
     raise SymbolError(f"no variable, symbol or constant '{name}' here", symbol=name)
 
 
-def _special(expr: Special) -> Callable[[Scope], drgn.Object]:
+def _special(expr: syntax.Special) -> Callable[[Scope], drgn.Object]:
     name, index = expr.name, expr.index
     is_word = name in ("arg", "stack")
 

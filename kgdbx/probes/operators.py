@@ -8,7 +8,7 @@ import drgn
 
 from kgdbx.probes.value import AGGREGATES, underlying_type
 
-__all__ = ("ARITHMETIC", "COMPARISONS", "UNARY", "pointer", "with_integers")
+__all__ = ("ARITHMETIC", "COMPARISONS", "POINTERS", "UNARY", "pointer", "with_integers")
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -43,9 +43,11 @@ UNARY: dict[str, Callable[[drgn.Object], drgn.Object]] = {
 }
 """Prefix operators, but for ``!``."""
 
+POINTERS = (drgn.TypeKind.POINTER, drgn.TypeKind.ARRAY, drgn.TypeKind.FUNCTION)
+"""Types whose values are addresses where they are calculated with."""
+
 _T = TypeVar("_T")
 _MASK = (1 << 64) - 1
-_POINTERS = (drgn.TypeKind.POINTER, drgn.TypeKind.ARRAY, drgn.TypeKind.FUNCTION)
 
 
 def with_integers(
@@ -70,6 +72,6 @@ def pointer(value: drgn.Object) -> int:
 
 
 def _integer(value: drgn.Object) -> drgn.Object:
-    if underlying_type(value.type_).kind not in _POINTERS:
+    if underlying_type(value.type_).kind not in POINTERS:
         return value
     return drgn.Object(value.prog_, "unsigned long", pointer(value))

@@ -1,11 +1,11 @@
 """C's operators on lowered integers and pointers, with drgn's results: they wrap, never trap."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import drgn
 
+from kgdbx.probes.operators import ARITHMETIC, COMPARISONS, POINTERS
 from kgdbx.resident.compile.code import DIVISION_BY_ZERO, NEGATIVE_SHIFT, Code
 from kgdbx.resident.compile.values import (
     NotResident,
@@ -19,8 +19,6 @@ from kgdbx.resident.compile.values import (
 )
 
 __all__ = (
-    "ARITHMETIC",
-    "COMPARISONS",
     "arithmetic",
     "compare",
     "difference",
@@ -28,32 +26,7 @@ __all__ = (
     "unify",
 )
 
-ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "|": operator.or_,
-    "^": operator.xor,
-    "&": operator.and_,
-    "<<": operator.lshift,
-    ">>": operator.rshift,
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "%": operator.mod,
-}
-"""Operators that give a number."""
-
-COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-"""Operators that compare two numbers."""
-
 _T = TypeVar("_T")
-_POINTERS = (drgn.TypeKind.POINTER, drgn.TypeKind.ARRAY, drgn.TypeKind.FUNCTION)
 
 
 def arithmetic(code: Code, sign: str, left: Value, right: Value) -> Value:
@@ -179,7 +152,7 @@ def _integer(value: Value) -> Value:
 
 
 def _is_pointer(value: Value) -> bool:
-    return bare(value.model.type_).kind in _POINTERS
+    return bare(value.model.type_).kind in POINTERS
 
 
 def _element_bytes(pointer: Value) -> int:

@@ -11,29 +11,9 @@ from typing import Any
 
 import drgn
 
-from kgdbx.probes.expression import (
-    AtSymbol,
-    Binary,
-    Cast,
-    Dereference,
-    Expr,
-    Index,
-    Literal,
-    Member,
-    Name,
-    Register,
-    SizeOf,
-    SizeOfType,
-    Special,
-    String,
-    Ternary,
-    Unary,
-    format_expression,
-    is_text,
-)
+from kgdbx.probes import expression as syntax
+from kgdbx.probes.operators import ARITHMETIC, COMPARISONS
 from kgdbx.resident.compile.arithmetic import (
-    ARITHMETIC,
-    COMPARISONS,
     arithmetic,
     compare,
     difference,
@@ -78,47 +58,47 @@ class Lowering:
         self.code = code
         self.program = names.program
 
-    def operand(self, expr: Expr) -> Value | Place:
+    def operand(self, expr: syntax.Expr) -> Value | Place:
         """What an expression stands for; memory that it names has not been read."""
         match expr:
-            case Literal(value, type_name):
+            case syntax.Literal(value, type_name):
                 return constant(drgn.Object(self.program, type_name, value))
-            case SizeOfType(type_name):
+            case syntax.SizeOfType(type_name):
                 return self._size(drgn.sizeof(self.program.type(type_name)))
-            case SizeOf(operand):
+            case syntax.SizeOf(operand):
                 # Only its type counts; nothing of it is read.
                 found = self.code.discard(lambda: self.operand(operand))
                 return self._size(drgn.sizeof(found.model))
-            case Name(name):
+            case syntax.Name(name):
                 return self.names.lookup(name, self.code)
-            case Register(name):
+            case syntax.Register(name):
                 return self.names.register(name)
-            case Special(name, index):
+            case syntax.Special(name, index):
                 return self.names.special(name, index, self.code)
-            case Member(operand, name):
+            case syntax.Member(operand, name):
                 return self._member(self.operand(operand), name)
-            case Index(operand, index):
+            case syntax.Index(operand, index):
                 return self._element(self.operand(operand), self.value(index))
-            case Cast(type_name, operand):
+            case syntax.Cast(type_name, operand):
                 return self._cast(self.program.type(type_name), self._decayed(operand))
-            case Dereference() | AtSymbol():
+            case syntax.Dereference() | syntax.AtSymbol():
                 return self.memory(expr)
-            case Ternary(condition, then, otherwise):
+            case syntax.Ternary(condition, then, otherwise):
                 return self._choice(condition, then, otherwise)
-            case Unary("*", operand):
+            case syntax.Unary("*", operand):
                 return self._element(self.operand(operand), None)
-            case Unary("&", operand):
+            case syntax.Unary("&", operand):
                 return self._address_of(self.operand(operand))
-            case Unary(sign, operand) if sign in _SIGNS:
+            case syntax.Unary(sign, operand) if sign in _SIGNS:
                 return self._signed(sign, self._decayed(operand))
-            case Binary(sign, left, right) if sign in ARITHMETIC:
+            case syntax.Binary(sign, left, right) if sign in ARITHMETIC:
                 return self._binary(sign, self._decayed(left), self._decayed(right))
-            case Unary() | Binary():
+            case syntax.Unary() | syntax.Binary():
                 return value_of(drgn.Object(self.program, "int", 1), f"(s32)({self.truth(expr)})")
-            case String():
+            case syntax.String():
                 raise TypeError("a string is no object")
 
-    def value(self, expr: Expr) -> Value:
+    def value(self, expr: syntax.Expr) -> Value:
         """An integer or a pointer, read if it is in memory."""
         return self.loaded(self.operand(expr))
 
@@ -137,11 +117,11 @@ class Lowering:
             return found.address
         return f"(u64){self.loaded(found).text}"
 
-    def memory(self, expr: Dereference | AtSymbol) -> Place:
+    def memory(self, expr: syntax.Dereference | syntax.AtSymbol) -> Place:
         """The memory that is named by an address, an unsigned long there."""
         type_ = self.program.type("unsigned long")
         offset = expr.offset_bytes
-        if isinstance(expr, AtSymbol):
+        if isinstance(expr, syntax.AtSymbol):
             found = self.names.symbol(expr.symbol)
             return self.names.global_place(expr.symbol, found, type_, offset)
         base = self.operand(expr.operand)
@@ -150,9 +130,9 @@ class Lowering:
         known = _known_address(base)
         return Place(model, self.pointer(base), offset, space=space, absolute=known)
 
-    def target(self, expr: Expr) -> Place:
+    def target(self, expr: syntax.Expr) -> Place:
         """The memory that an expression leads to: for a field that is an array."""
-        if isinstance(expr, Dereference | AtSymbol):
+        if isinstance(expr, syntax.Dereference | syntax.AtSymbol):
             return self.memory(expr)
         found = self.operand(expr)
         if isinstance(found, Place) and found.is_copy:
@@ -167,22 +147,22 @@ class Lowering:
         model = drgn.Object(self.program, "unsigned long", address=MODEL_ADDRESS)
         return Place(model, self.pointer(found), absolute=_known_address(found))
 
-    def truth(self, expr: Expr) -> str:
+    def truth(self, expr: syntax.Expr) -> str:
         """C expression that is 1 or 0."""
         match expr:
-            case Unary("!", operand):
+            case syntax.Unary("!", operand):
                 return f"!({self.truth(operand)})"
-            case Binary("&&" | "||" as sign, left, right):
+            case syntax.Binary("&&" | "||" as sign, left, right):
                 return self._either(sign, left, right)
-            case Binary("~", left, String(pattern)):
+            case syntax.Binary("~", left, syntax.String(pattern)):
                 return matches(self, left, pattern)
-            case Binary(sign, left, right) if sign in COMPARISONS:
-                if is_text(left) or is_text(right):
+            case syntax.Binary(sign, left, right) if sign in COMPARISONS:
+                if syntax.is_text(left) or syntax.is_text(right):
                     equal = same_text(self, left, right)
                     return equal if sign == "==" else f"!({equal})"
                 first, second = self._decayed(left), self._decayed(right)
                 return compare(sign, first, second)
-        if is_text(expr):
+        if syntax.is_text(expr):
             return not_empty(self, expr)
         found = self._decayed(expr)
         bool(found.model)  # raises if it has none
@@ -191,7 +171,7 @@ class Lowering:
     def _size(self, size_bytes: int) -> Value:
         return constant(drgn.Object(self.program, "unsigned long", size_bytes))
 
-    def _decayed(self, expr: Expr) -> Value:
+    def _decayed(self, expr: syntax.Expr) -> Value:
         # An operand of C's operators: arrays and functions become their addresses. The model stays
         # what it was, so that drgn sees the true type.
         found = self.operand(expr)
@@ -274,7 +254,7 @@ class Lowering:
             return difference(self.code, left, right)
         return arithmetic(self.code, sign, left, right)
 
-    def _either(self, sign: str, left: Expr, right: Expr) -> str:
+    def _either(self, sign: str, left: syntax.Expr, right: syntax.Expr) -> str:
         first = self.truth(left)
         second, lines = self.code.capture(lambda: self.truth(right))
         if not lines:
@@ -285,13 +265,13 @@ class Lowering:
         self.code.line(f"{result} = {second}; }}")
         return result
 
-    def _choice(self, condition: Expr, then: Expr, otherwise: Expr) -> Value:
+    def _choice(self, condition: syntax.Expr, then: syntax.Expr, otherwise: syntax.Expr) -> Value:
         test = self.truth(condition)
         first, before = self.code.capture(lambda: self._decayed(then))
         second, after = self.code.capture(lambda: self._decayed(otherwise))
         model = unify(first, second)
         if model is None:
-            text = format_expression(Ternary(condition, then, otherwise))
+            text = syntax.format_expression(syntax.Ternary(condition, then, otherwise))
             raise NotResident(f"'{text}' has values of two types")
         scalar = scalar_of(model)
         texts = convert(first.text, scalar), convert(second.text, scalar)
