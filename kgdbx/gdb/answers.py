@@ -12,7 +12,7 @@ from kgdbx.commands.context import Context
 from kgdbx.errors import KgdbxError
 from kgdbx.gdb.channel import MARK
 from kgdbx.gdb.variables import Variables
-from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.gdb_inferior import GdbInferior
 from kgdbx.views.evaluate import Evaluator
 from kgdbx.views.histogram import Histogram
 from kgdbx.views.registry import VIEWS
@@ -66,7 +66,7 @@ class Answers:
     @property
     def _cpu(self) -> int:
         target = self._context.session.target
-        assert isinstance(target, GdbTarget)
+        assert isinstance(target, GdbInferior)
         return target.looked_at()
 
     def _histogram(self, probe: str, field: str) -> Any:

@@ -11,8 +11,9 @@ from kgdbx.gdb.poll import Poller
 from kgdbx.machine.info import VmInfo
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session
-from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.gdb_inferior import GdbInferior
 from kgdbx.target.gdb_kgdb import GdbKgdbTarget, is_kgdb
+from kgdbx.target.gdb_qemu import GdbTarget
 from kgdbx.target.rsp import release_stub
 from kgdbx.target.serial_line import is_tty
 
@@ -47,7 +48,9 @@ def connect(
     return session
 
 
-def _attach(where: str, vmlinux: str | None, sysrq: str | None) -> tuple[Session, GdbTarget, Path]:
+def _attach(
+    where: str, vmlinux: str | None, sysrq: str | None
+) -> tuple[Session, GdbInferior, Path]:
     if where and gdb.selected_inferior().pid:
         # gdb would end the other connection by killing its VM.
         raise CommandError("gdb is connected; detach first, or use 'kgdbx attach' alone")

@@ -8,7 +8,7 @@ import gdb
 
 from kgdbx.machine.native import load_library
 from kgdbx.probes.time_limit import is_whole
-from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.gdb_inferior import GdbInferior
 
 __all__ = ("ControlC",)
 
@@ -27,7 +27,7 @@ class ControlC:
     :raises MachineError: if there is no gcc
     """
 
-    def __init__(self, target: GdbTarget) -> None:
+    def __init__(self, target: GdbInferior) -> None:
         self._target = target
         self._library = load_library(_SOURCE)
         self._seen = 0

@@ -10,7 +10,7 @@ import gdb
 from kgdbx.errors import TargetLost
 from kgdbx.gdb.control_c import ControlC
 from kgdbx.session import Session
-from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.gdb_inferior import GdbInferior
 
 __all__ = ("Poller",)
 
@@ -37,7 +37,7 @@ class Poller:
     :param keys: whether ^C comes to gdb
     """
 
-    def __init__(self, session: Session, target: GdbTarget, *, keys: bool) -> None:
+    def __init__(self, session: Session, target: GdbInferior, *, keys: bool) -> None:
         self._session = session
         self._target = target
         self._control_c = ControlC(target) if keys else None

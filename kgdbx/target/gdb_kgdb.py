@@ -6,15 +6,16 @@ and gdb would take such a stop for a stray SIGTRAP.
 """
 
 import dataclasses
-import errno
+from collections.abc import Callable
 from typing import Any
 
 import gdb
 
 from kgdbx.arch.registers import Registers
-from kgdbx.errors import ProbeError, TargetTimeout, Unsupported
+from kgdbx.errors import TargetTimeout, Unsupported
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
-from kgdbx.target.gdb_inferior import GdbTarget, user_breakpoints
+from kgdbx.target.gdb_breakpoints import GdbBreakpoint, user_breakpoints
+from kgdbx.target.gdb_inferior import GdbInferior
 from kgdbx.target.gdb_kgdb_packets import GdbKgdbPackets
 from kgdbx.target.gdb_settings import GdbSettings
 from kgdbx.target.kgdb_access import KgdbAccess
@@ -33,7 +34,7 @@ _SIGTRAP = 5
 _ANSWER_S = 20
 
 
-class GdbKgdbTarget(KgdbAccess, GdbTarget):
+class GdbKgdbTarget(KgdbAccess, GdbInferior):
     """A target over KGDB inside gdb, which is connected and whose kernel stands.
 
     Stops that gdb has no breakpoint for are seen by a catchpoint of SIGTRAP, whose condition asks
@@ -47,29 +48,29 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._known = False  # which CPU stopped, and where
         self._by_debug_exception = False
         self._trap: Any = None
-        super().__init__()
-        self._name = name
+        super().__init__(None)
+        self._connection.name = name
 
     def _change_settings(self) -> GdbSettings:
         return GdbSettings({"print thread-events": "off", "remotetimeout": str(_ANSWER_S)})
 
     def _learn(self) -> None:
-        self._packets = GdbKgdbPackets(self._exchange, self._settle)
+        self._packets = GdbKgdbPackets(self._connection.exchange, self._settle)
         self._memory = KgdbMemory(self._packets)
         self._cpus = KgdbCpus(self._packets, self._memory)
         self._hardware = KgdbBreakpoints(self._packets)
         self._stepper = KgdbStepper(self._cpus, self._memory, self._go)
         self._debug_registers = KgdbDebugRegisters(self._cpus, self._go)
         gdb.events.cont.connect(self._on_cont)
-        _Trapped(self)
+        _Trapped(lambda: self._hits.ask(self._trapped))
         self._catch_traps()
         self._packets.select_stopped()
         self._cpus.list()
-        self._stop = Stop(self._selected_cpu(), StopReason.INTERRUPT, None, 2)
+        self._hits.stop = Stop(self._selected_cpu(), StopReason.INTERRUPT, None, 2)
 
     def _settle(self) -> None:
         # gdb selects in the stub the thread that its user looks at, to read this.
-        if self._hit_cpu is None:
+        if not self.in_hit:
             gdb.execute("maint flush register-cache", to_string=True)
             gdb.newest_frame().pc()
 
@@ -82,7 +83,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
             self._debug_registers.changed()  # by a debugger that died, perhaps
             if self._reason()[0] is not StopReason.INTERRUPT and state.was_breakpoint(behind):
                 self._cpus.write_through(self._cpus.stopped, "rip", behind)
-                self._forget_registers()
+                self._general_thread.forget_registers()
 
     def write_memory(self, address: int, data: bytes, *, cpu: int | None = None) -> None:
         super().write_memory(address, data, cpu=cpu)
@@ -94,10 +95,9 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
             self._cpus.write_through(cpu, name, value)
             if name == "rip" and cpu == self._cpus.stopped:
                 self._cpus.rip = value
-                if self._hit_cpu is not None:
-                    self._pc = value
+                self._hits.moved(cpu, value)
         if registers.changed:
-            self._forget_registers()
+            self._general_thread.forget_registers()
 
     def looked_at(self) -> int:
         """CPU number of the thread that gdb's user has selected; of a task, that stopped last."""
@@ -119,9 +119,8 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
             self._change_debug_registers()
             return
         key = (kind, address, size_bytes)
-        if key in self._breakpoints:
-            raise ProbeError(f"there is a {kind.name} breakpoint at {address:#x}", errno.EBUSY)
-        if not any(user_breakpoints(address)) and key not in (each.key for each in self._retired):
+        self._breakpoints.check_new(key)
+        if not any(user_breakpoints(address)) and not self._breakpoints.is_retired(key):
             # gdb inserts its breakpoints when the kernel goes on: too late to be refused.
             self._hardware.insert(kind, address, size_bytes)
             self._hardware.remove(kind, address, size_bytes)
@@ -155,10 +154,10 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
             if watch is not None:
                 self.insert_breakpoint(*watch)
             self._packets.give_back()
-            self._forget_registers()
+            self._general_thread.forget_registers()
         if watch is not None:
             stop = dataclasses.replace(stop, reason=StopReason.WATCHPOINT, address=watch[1])
-        self._stop = stop
+        self._hits.stop = stop
         return stop
 
     def _go(self, command: bytes) -> Stop:
@@ -172,17 +171,14 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._packets.stopped()
         self._cpus.at_stop(reply)
         behind = self._cpus.rip - 1
-        if self._at(behind) is not None or any(user_breakpoints(behind)):
+        if self._breakpoints.at(behind) is not None or any(user_breakpoints(behind)):
             self._cpus.moved = behind
         reason, watched = self._reason(stepped=command[:1] == b"s")
         self._by_debug_exception = command[:1] == b"s"
         return Stop(self._cpus.stopped, reason, watched)
 
     def _leave(self, resume: bool) -> None:
-        for each in (*self._breakpoints.values(), *self._retired):
-            each.delete()
-        self._breakpoints.clear()
-        self._retired.clear()
+        self._breakpoints.delete_all()
         for kind, address, size_bytes in self._hardware:
             self.remove_breakpoint(kind, address, size_bytes)
         self._trap.delete()
@@ -192,7 +188,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
     # Stops
 
     def _require_stopped(self, what: str) -> None:
-        GdbTarget._require_stopped(self, what)
+        GdbInferior._require_stopped(self, what)
         self._selected_cpu()
 
     def _selected_cpu(self) -> int:
@@ -206,7 +202,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._cpus.at_stop(b"T05")
         self._known = True
         self._by_debug_exception = self._reason()[0] is not StopReason.INTERRUPT and not (
-            self._at(self._cpus.rip) or any(user_breakpoints(self._cpus.rip))
+            self._breakpoints.at(self._cpus.rip) or any(user_breakpoints(self._cpus.rip))
         )
 
     def _reason(self, *, stepped: bool = False) -> tuple[StopReason, int | None]:
@@ -214,20 +210,20 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
 
     def _change_debug_registers(self) -> None:
         self._debug_registers.changed()
-        if self._hit_cpu is None:
+        if not self.in_hit:
             self._load_debug_registers()
 
     # Nobody asks before gdb lets the kernel run, so they are loaded when they are changed, or when
     # the handlers of a stop are through.
     def _load_debug_registers(self) -> None:
-        stop, rip = self._stop, self._cpus.registers(self._cpus.stopped).rip
+        stop, rip = self._hits.stop, self._cpus.registers(self._cpus.stopped).rip
         self._debug_registers.load(by_debug_exception=self._by_debug_exception)
         if self._cpus.rip != rip:
             self._cpus.write_through(self._cpus.stopped, "rip", rip)
             self._cpus.rip, self._cpus.moved = rip, None
             self._packets.give_back()
-            self._forget_registers()
-        self._stop = stop
+            self._general_thread.forget_registers()
+        self._hits.stop = stop
 
     def _handle(
         self, reason: StopReason, watched: int | None, elsewhere_than: int | None = None
@@ -236,7 +232,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._load_debug_registers()
         return stops
 
-    def _hit(self, ours: Any) -> bool:
+    def _hit(self, ours: GdbBreakpoint) -> bool:
         self._packets.stopped()
         self._at_stop()
         watched = self._hardware.watched
@@ -247,13 +243,13 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
     def _trapped(self) -> bool:
         # Called at each SIGTRAP; whether gdb shall stop.
         pc = int(gdb.newest_frame().pc())
-        if self._at(pc) is not None or any(user_breakpoints(pc)):
+        if self._breakpoints.at(pc) is not None or any(user_breakpoints(pc)):
             return False  # gdb asks it
         self._packets.stopped()
         self._at_stop()
         reason, watched = self._reason()
         if reason is StopReason.INTERRUPT:
-            return self._stop_at_interrupt()
+            return self._hits.stop_at_interrupt()
         if reason is StopReason.TRAP and not self._hardware.is_at(_HARDWARE, pc):
             return False  # a step of gdb's, or a debug register that is gone
         return self._handle(reason, watched)
@@ -270,7 +266,7 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
         self._known = False
 
     def _on_stop_event(self, event: Any) -> None:
-        if self._hit_cpu is None:
+        if not self.in_hit:
             self._known = False
         super()._on_stop_event(event)
 
@@ -278,19 +274,13 @@ class GdbKgdbTarget(KgdbAccess, GdbTarget):
 class _Trapped(gdb.Function):
     # Convenience function that is the catchpoint's condition.
 
-    def __init__(self, target: GdbKgdbTarget) -> None:
+    def __init__(self, ask: Callable[[], bool]) -> None:
         super().__init__("_kgdbx_trapped")
-        self._target = target
+        self._ask = ask
 
     def invoke(self) -> bool:
         """Whether gdb shall stop."""
-        try:
-            return self._target._trapped()
-        except KeyboardInterrupt:
-            return self._target._stop_at_interrupt()
-        except BaseException as e:  # gdb would stay in the middle of a stop
-            self._target._note(e)
-            return True
+        return self._ask()
 
 
 def is_kgdb() -> bool:

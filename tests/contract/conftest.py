@@ -207,7 +207,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     elif kind == "rsp":
         yield from vm_guest(RspTarget, with_ram=bool(ram))
     else:
-        from kgdbx.target.gdb_inferior import GdbTarget
+        from kgdbx.target.gdb_qemu import GdbTarget
 
         yield from vm_guest(GdbTarget, with_ram=bool(ram))
 

@@ -16,7 +16,7 @@ from kgdbx.probes.kretprobe import Kretprobe
 from kgdbx.probes.manager import ProbeManager
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
-from kgdbx.target.gdb_inferior import GdbTarget
+from kgdbx.target.gdb_qemu import GdbTarget
 
 assert kgdbx.gdb
 FUNCTION = "__x64_sys_getpgid"
@@ -210,4 +210,4 @@ def test_late_requests_leave_no_event_behind(attached: Attached) -> None:
         target.run(timeout_s=0.02)
         timer.join()
     target.close()
-    assert not target._posted
+    assert not target._run_control.has_posted
