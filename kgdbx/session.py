@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from kgdbx.definitions import Definitions, Tier
 from kgdbx.endings import GuestCommand
@@ -18,7 +18,7 @@ from kgdbx.probes.event_queue import EventfulManager, EventQueue
 from kgdbx.probes.manager import ProbeManager
 from kgdbx.probes.probe import Probe
 from kgdbx.probes.resolve import parse_place, resolve_points
-from kgdbx.probes.script import read_script
+from kgdbx.probes.script import Script, read_script
 from kgdbx.resident.ftrace_guard import FtraceGuard
 from kgdbx.resident.recover import Recovery
 from kgdbx.resident.stop_clock import StopClock
@@ -100,7 +100,7 @@ class Session:
         if isinstance(target, RspTarget) and ram is not None:
             promotion.doorbell = self.resident.doorbell
             self.resident.engine.placed_listeners.append(promotion.promote_own)
-        self._stop_hooks: list[Callable[[Session], Any]] = []
+        self._scripts: list[Script] = []
         self._closed = False
 
     # Probes
@@ -231,22 +231,20 @@ class Session:
     def load_script(self, path: Path) -> list[Probe]:
         """Register the probes of a script; none of them if one is refused.
 
-        :raises CommandError: if the script cannot be used
+        :raises CommandError: if the script cannot be used, or its ``start()`` raises
         :raises ProbeError: if a probe of it cannot be placed
         """
         names = {"session": self, "kernel": self.kernel, "prog": self.kernel.program}
-        probes, namespace = read_script(path, names)
+        script = read_script(path, names)
         placed: list[Probe] = []
         try:
-            placed += (self.probes.register(probe) for probe in probes)
-            if "start" in namespace:
-                namespace["start"](self)
+            placed += (self.probes.register(probe) for probe in script.probes)
+            script.start(self)
         except BaseException:
             for probe in reversed(placed):
                 probe.unregister()
             raise
-        if "stop" in namespace:
-            self._stop_hooks.append(namespace["stop"])
+        self._scripts.append(script)
         return placed
 
     def function_names(self, module: str | None = None) -> Iterator[str]:
@@ -319,8 +317,8 @@ class Session:
         with contextlib.ExitStack() as stack:
             stack.callback(self.target.close)
             stack.callback(self._withdraw)
-            for hook in self._stop_hooks:
-                stack.callback(hook, self)
+            for script in self._scripts:
+                stack.callback(script.stop, self)
 
     def _withdraw(self) -> None:
         try:

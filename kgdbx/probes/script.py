@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kgdbx.errors import CommandError
+from kgdbx.errors import CommandError, KgdbxError
 from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
@@ -34,7 +34,7 @@ from kgdbx.probes.probe import Probe
 from kgdbx.probes.user_trace import user_trace
 from kgdbx.probes.watch import Watch
 
-__all__ = ("jprobe", "kprobe", "kretprobe", "read_script", "watch")
+__all__ = ("Script", "jprobe", "kprobe", "kretprobe", "read_script", "watch")
 
 _MARK = "__kgdbx_probes__"
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
@@ -100,11 +100,52 @@ def watch(
     )
 
 
-def read_script(path: Path, names: Mapping[str, Any]) -> tuple[list[Probe], dict[str, Any]]:
+class Script:
+    """A probe script that was run.
+
+    :param names: its global names
+    :ivar probes: in the order in which they are defined
+    """
+
+    def __init__(self, path: Path, names: dict[str, Any]) -> None:
+        self._path = path
+        self._names = names
+        makers = [m for value in names.values() for m in getattr(value, _MARK, ()) if m]
+        self.probes: list[Probe] = [make() for make in dict.fromkeys(makers)]
+
+    def start(self, session: object) -> None:
+        """Call its ``start(session)``, if it has one.
+
+        :raises CommandError: with the script's own lines, if that raises
+        :raises KgdbxError: if kgdbx refuses what it asks for
+        """
+        self._call("start", session)
+
+    def stop(self, session: object) -> None:
+        """Call its ``stop(session)``; see :meth:`start`."""
+        self._call("stop", session)
+
+    @property
+    def has_start(self) -> bool:
+        """Whether it defines ``start(session)``."""
+        return "start" in self._names
+
+    def _call(self, name: str, session: object) -> None:
+        hook = self._names.get(name)
+        if hook is None:
+            return
+        try:
+            hook(session)
+        except KgdbxError:
+            raise
+        except Exception as e:
+            raise _failed(self._path, e, f"{name}() of ") from e
+
+
+def read_script(path: Path, names: Mapping[str, Any]) -> Script:
     """Run a probe script.
 
     :param names: its global names
-    :return: its probes in the order in which they are defined, and its global names
     :raises CommandError: if the file cannot be read or raises, or defines no probe
     """
     try:
@@ -112,20 +153,19 @@ def read_script(path: Path, names: Mapping[str, Any]) -> tuple[list[Probe], dict
     except OSError as e:
         raise CommandError(f"cannot read the probe script {path}: {e.strerror}") from e
     try:
-        namespace = runpy.run_path(str(path), init_globals=dict(names), run_name="__kgdbx__")
+        found = runpy.run_path(str(path), init_globals=dict(names), run_name="__kgdbx__")
     except Exception as e:
         raise _failed(path, e) from e
-    makers = [maker for value in namespace.values() for maker in getattr(value, _MARK, ()) if maker]
-    probes = [make() for make in dict.fromkeys(makers)]
-    if not probes and "start" not in namespace:
+    script = Script(path, found)
+    if not script.probes and not script.has_start:
         raise CommandError(
             f"{path} defines no probe; mark a handler with @kprobe, @jprobe, @kretprobe or @watch"
         )
-    return probes, namespace
+    return script
 
 
-def _failed(path: Path, error: Exception) -> CommandError:
-    return CommandError(f"the probe script {path} failed:\n{user_trace(error).rstrip()}")
+def _failed(path: Path, error: Exception, what: str = "") -> CommandError:
+    return CommandError(f"{what}the probe script {path} failed:\n{user_trace(error).rstrip()}")
 
 
 def _marker(make: Callable[[_Handler], Probe]) -> Callable[[_Handler], _Handler]:

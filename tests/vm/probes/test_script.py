@@ -79,8 +79,9 @@ def test_script_that_fails_leaves_nothing(guest: Any, tmp_path: Path, fault: str
         "def second(): pass\n"
         "def start(session): raise ZeroDivisionError\n"
     )
-    with pytest.raises(ProbeError if fault == "probe" else ZeroDivisionError):
+    with pytest.raises(ProbeError if fault == "probe" else CommandError) as caught:
         guest.session.load_script(script)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) == (fault == "start")
     assert (len(guest.session.probes), guest.session.probes.sites) == (0, ())
 
 
