@@ -87,7 +87,9 @@ class ResidentTier:
         :raises NotResident: if not
         """
         if not self._kernel.target.capabilities.writes_code:
-            raise NotResident("KGDB does not write kernel text, which the kernel protects")
+            raise NotResident(
+                "KGDB cannot write kernel text; use the stop tier, or attach through QEMU's stub"
+            )
         if not self._kernel.memory.booted:
             raise NotResident("the kernel has not booted")
 
