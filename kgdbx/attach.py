@@ -22,13 +22,20 @@ from kgdbx.target.serial_line import is_tty
 __all__ = ("attach", "attach_kgdb", "attach_vm", "connect", "open_core", "open_ram")
 
 
-def connect(where: str, vmlinux: str | None = None, *, sysrq: str | None = None) -> Session:
+def connect(
+    where: str,
+    vmlinux: str | None = None,
+    *,
+    sysrq: str | None = None,
+    leave_standing: bool = False,
+) -> Session:
     """Attach without gdb to a VM by its name, or to any stub.
 
     :param where: name of a VM of ours, path of a Unix socket, or ``host:port``; for KGDB a
         tty (``/dev/ttyS0,115200``), or one of the others behind ``kgdb:``
     :param vmlinux: the kernel's file; a VM of ours knows its own
     :param sysrq: line of the console over which KGDB's kernel can be stopped
+    :param leave_standing: of a VM of ours; see :func:`attach_vm`
     :raises CommandError: if *vmlinux* is needed and missing
     """
     line = where.removeprefix("kgdb:")
@@ -37,7 +44,7 @@ def connect(where: str, vmlinux: str | None = None, *, sysrq: str | None = None)
     if sysrq is not None:
         raise CommandError(f"{where} is stopped by its stub; --sysrq is for KGDB: kgdb:{where}")
     if "/" not in where and ":" not in where:
-        return attach_vm(find_vm(where).info)
+        return attach_vm(find_vm(where).info, leave_standing=leave_standing)
     if vmlinux is None:
         raise CommandError(f"give the vmlinux with debug symbols of the kernel at {where}")
     return attach(RspTarget(where), Path(vmlinux).expanduser())
@@ -84,19 +91,22 @@ def open_core(core: Path, vmlinux: Path) -> Session:
     return session
 
 
-def attach_vm(info: VmInfo) -> Session:
+def attach_vm(info: VmInfo, *, leave_standing: bool = False) -> Session:
     """Attach without gdb to a VM of ours, and put right what a killed session left in it.
 
+    :param leave_standing: the VM stands: leave it so, now and when the session is closed, unless
+        there is something to put right
     :raises CommandError: if the journal of that session cannot be used
     """
     ram = open_ram(info)
     session = attach(
-        RspTarget(str(info.gdb_socket), ram=ram),
+        RspTarget(str(info.gdb_socket), ram=ram, stands=leave_standing),
         info.vmlinux,
         debug_modules=info.debug_modules,
         ram=ram,
         journal=info.journal,
     )
+    session.leaves_standing = leave_standing
     try:
         session.recovery = session.resident.recover()
     except BaseException:

@@ -50,6 +50,8 @@ class Session:
         before the guest runs on
     :ivar recovery: what was put right that a killed session had left in the guest; None if
         there was nothing
+    :ivar leaves_standing: whether the kernel stands on when the session is closed; it then stood
+        before
     :ivar leak_watch: what a face has modules watched by, if it does
     :ivar idle_hooks: called again and again during :meth:`run` while the guest runs, and once
         more after it
@@ -67,6 +69,7 @@ class Session:
         self.ram: GuestRam | CoreRam | None = ram
         self.kernel = kernel
         self.recovery: Recovery | None = None
+        self.leaves_standing = False
         self.leak_watch: LeakWatch | None = None
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
@@ -310,12 +313,12 @@ class Session:
         return self._closed
 
     def close(self) -> None:
-        """Unregister every probe, newest first, and let the kernel run on."""
+        """Unregister every probe, newest first, and let the kernel run on or stand."""
         if self._closed:
             return
         self._closed = True
         with contextlib.ExitStack() as stack:
-            stack.callback(self.target.close)
+            stack.callback(self.target.close, resume=not self.leaves_standing)
             stack.callback(self._withdraw)
             for script in self._scripts:
                 stack.callback(script.stop, self)

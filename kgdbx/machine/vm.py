@@ -90,6 +90,14 @@ class Vm:
         """
         return self._agent.start(command)
 
+    def status(self) -> str:
+        """QEMU's word for it: ``running``, ``paused``, ``prelaunch``, ...
+
+        :raises MachineError: if QEMU does not say, as while somebody else is connected to QMP
+        """
+        with self.qmp() as qmp:
+            return str(qmp.execute("query-status")["status"])
+
     def qmp(self, timeout_s: float = 10.0) -> Qmp:
         """Connect to QMP; QEMU takes one connection at a time."""
         return Qmp(self.info.qmp_socket, timeout_s)

@@ -1,8 +1,10 @@
 """A kernel behind QEMU's gdbstub, driven over the remote serial protocol without gdb."""
 
+import contextlib
 import errno
 import math
 import time
+from collections.abc import Iterator
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError, ProtocolError, TargetLost, TargetTimeout, Unsupported
@@ -32,11 +34,18 @@ class RspTarget(RunLoop):
     :param address: path of the stub's Unix socket, or ``host:port``
     :param ram: the guest's RAM seen from the host, if it can be
     :param answer_s: seconds that the stub has for an answer
+    :param stands: the VM stands and is not to run: what a debugger left behind stays then, as it
+        goes with a detach, which lets the VM run
     :raises TargetError: if nothing listens at the address, or no stub answers
     """
 
     def __init__(
-        self, address: str, *, ram: GuestRam | None = None, answer_s: float = _ANSWER_S
+        self,
+        address: str,
+        *,
+        ram: GuestRam | None = None,
+        answer_s: float = _ANSWER_S,
+        stands: bool = False,
     ) -> None:
         self._address = address
         self._ram = ram
@@ -48,10 +57,12 @@ class RspTarget(RunLoop):
         self._running = False
         self._closed = False
         self._register_thread: int | None = None
-        release_stub(address, answer_s)
+        if not stands:
+            release_stub(address, answer_s)
         self._connection = PacketConnection(connect_stream(address, answer_s))
         try:
-            self._packet_bytes = self._handshake()
+            with _one_at_a_time(address):
+                self._packet_bytes = self._handshake()
             self._stop = stub.parse_stop(self._exchange(b"?"))
             self._threads = self._list_threads()
             self._layout = stub.read_layout(self._exchange, self._packet_bytes)
@@ -329,11 +340,19 @@ def release_stub(address: str, answer_s: float = _ANSWER_S) -> None:
     connection = PacketConnection(connect_stream(address, answer_s))
     try:
         connection.send(b"D;1")
-        while connection.receive(answer_s) not in (b"OK", b""):
-            pass  # the stop reply that QEMU before 9.0 sends on connect
+        with _one_at_a_time(address):
+            while connection.receive(answer_s) not in (b"OK", b""):
+                pass  # the stop reply that QEMU before 9.0 sends on connect
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(address: str) -> Iterator[None]:
+    # What it means that a stub gives no answer to the first that it is asked.
+    try:
+        yield
     except TargetTimeout as e:
         raise TargetTimeout(
             f"{e}: {address} serves one debugger at a time, and another one may be attached"
         ) from e
-    finally:
-        connection.close()

@@ -19,7 +19,7 @@ from kgdbx.commands.session.leaks import (
     growth_table,
     leak_table,
 )
-from kgdbx.errors import CommandError, Unsupported
+from kgdbx.errors import CommandError, MachineError, Unsupported
 from kgdbx.leaks.blocks import Heap
 from kgdbx.leaks.dangling import find_dangling, ranges_in_use
 from kgdbx.leaks.gone import note_gone, read_gone
@@ -41,6 +41,7 @@ __all__ = ("remember_gone",)
 _PARTIAL = 4
 _MOST = 200
 _SCHEMA = "kgdbx.leaks.1"
+_RUNNING, _NOT_STARTED = "running", "prelaunch"  # RunState, qapi/run-state.json
 
 _JSON = argument("--json", action="store_true", help="one JSON object a line")
 _CORE = argument("--core", metavar="FILE", help="a core file of QEMU's dump-guest-memory")
@@ -53,7 +54,8 @@ Exit status: 0 nothing found, 1 something found, 4 nothing found but parts were 
     summary="Scan the whole kernel for memory that nothing points to.",
     description=f"""\
 The guest stands while its memory is looked at, some tenths of a second, so that all is of one
-moment; --live has it run on, looks twice, and reports what was lost both times.
+moment; --live has it run on, looks twice, and reports what was lost both times. A VM that was
+paused before stays so.
 
   kgdbx leaks scan --vm a
   kgdbx leaks mark before --vm a; ...; kgdbx leaks scan --vm a --since before
@@ -180,11 +182,28 @@ def _open(args: argparse.Namespace) -> Session:
             "a scan reads all of the kernel's memory, two days for each GiB over a serial line; "
             "scan a VM of ours without --kgdb, or a core file: --vm or --core"
         )
-    session = open_session(args)
+    session = open_session(args, leave_standing=_stands(args))
+    if session.leaves_standing:
+        ran = ", but for what was just put right" if session.recovery is not None else ""
+        print(f"kgdbx: VM {args.vm} stands, and is left standing{ran}", file=sys.stderr)
     if session.ram is None:
         session.close()
         raise Unsupported("this needs the memory of a VM of ours, or a core file: --vm or --core")
     return session
+
+
+# Whether a VM was paused before we came. QMP serves one at a time.
+def _stands(args: argparse.Namespace) -> bool:
+    if not args.vm:
+        return False
+    try:
+        status = find_vm(args.vm).status()
+    except MachineError as e:
+        print(f"kgdbx: VM {args.vm} runs on after this, if it stood or not: {e}", file=sys.stderr)
+        return False
+    if status == _NOT_STARTED:
+        raise CommandError(f"the kernel of VM {args.vm} has not begun to boot; let it run first")
+    return status != _RUNNING
 
 
 # The command that opens a block as a drgn object.
@@ -195,7 +214,7 @@ def _one_more_look(args: argparse.Namespace, address: int) -> str:
 
 # The guest stands no longer than it takes to read its memory.
 def _prepare(session: Session) -> None:
-    if isinstance(session.target, CoreTarget):
+    if isinstance(session.target, CoreTarget) or session.leaves_standing:
         return
     session.target.resume()
     read_layout(session.kernel.program)
@@ -221,6 +240,8 @@ def _standing_heap(session: Session) -> Heap:
 def _scan_live(session: Session) -> Scan:
     if isinstance(session.target, CoreTarget):
         raise CommandError("a core file does not run: leave out --live")
+    if session.leaves_standing:
+        raise CommandError("a VM that stands does not change: leave out --live")
     assert session.ram is not None
     scans = []
     for _ in range(2):

@@ -70,9 +70,10 @@ END_ARGUMENTS = (
 """Options that say when it ends, besides ``^C``."""
 
 
-def open_session(args: argparse.Namespace) -> Session:
+def open_session(args: argparse.Namespace, *, leave_standing: bool = False) -> Session:
     """Attach to the kernel that the options name.
 
+    :param leave_standing: of a VM of ours; see :func:`~kgdbx.attach.attach_vm`
     :raises CommandError: unless they name one, or ``--exec`` is given without a VM
     """
     if getattr(args, "exec", None) and not args.vm:
@@ -82,7 +83,7 @@ def open_session(args: argparse.Namespace) -> Session:
     where = where_of(args.vm or args.connect, kgdb=args.kgdb)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, raise_interrupt)
-    session = connect(where, args.vmlinux, sysrq=args.sysrq)
+    session = connect(where, args.vmlinux, sysrq=args.sysrq, leave_standing=leave_standing)
     if session.recovery is not None:
         print(f"kgdbx: {session.recovery.text}", file=sys.stderr)
     return session
