@@ -9,6 +9,7 @@ from typing import Self
 from kgdbx.definitions import Definitions, Tier
 from kgdbx.endings import GuestCommand
 from kgdbx.errors import TargetLost
+from kgdbx.leaks.blocks import Block
 from kgdbx.leaks.watch import LeakWatch
 from kgdbx.machine.headers import kernel_header
 from kgdbx.probes.arguments import argument_suppliers
@@ -53,6 +54,7 @@ class Session:
     :ivar leaves_standing: whether the kernel stands on when the session is closed; it then stood
         before
     :ivar leak_watch: what a face has modules watched by, if it does
+    :ivar reported_leaks: what the last scan of a standing kernel has shown, in that order
     :ivar idle_hooks: called again and again during :meth:`run` while the guest runs, and once
         more after it
     """
@@ -71,6 +73,7 @@ class Session:
         self.recovery: Recovery | None = None
         self.leaves_standing = False
         self.leak_watch: LeakWatch | None = None
+        self.reported_leaks: tuple[Block, ...] = ()
         self.event_listeners: list[Callable[[Event], None]] = []
         self.idle_hooks: list[Callable[[], None]] = []
         events = EventQueue(self.event_listeners)

@@ -10,9 +10,9 @@ from typing import Any
 
 import drgn
 
-from kgdbx.errors import CommandError
+from kgdbx.errors import CommandError, KgdbxError
 from kgdbx.session import Session
-from kgdbx.views.leaks import leak_functions
+from kgdbx.views.leaks import Leaks, leak_functions
 from kgdbx.views.python_names import python_names
 
 __all__ = ("Evaluator",)
@@ -25,7 +25,7 @@ class Evaluator:
     """A Python namespace on a kernel, which stays as long as its session.
 
     It has ``prog``, ``session``, ``kernel``, drgn's classes and its helpers for Linux, with the
-    program filled in: ``find_task(1).comm``; and ``leak(ADDRESS)`` and ``leaks()``. The last
+    program filled in: ``find_task(1).comm``; and ``leaks()`` and ``leak(N)``. The last
     result is ``_``.
 
     :param variables: the debugger's ``$`` variables: ``$x`` in an expression is ``variables["x"]``
@@ -76,6 +76,8 @@ class Evaluator:
                         print(_pretty(value))
         except KeyboardInterrupt:
             raise CommandError(f"{out.getvalue()}interrupted") from None
+        except KgdbxError as e:
+            raise CommandError(f"{out.getvalue()}{e}") from e
         except (Exception, SystemExit) as e:
             # Code of the user may raise anything; its own frames tell where.
             trace = "".join(traceback.format_exception(e.with_traceback(_own_frames(e))))
@@ -132,6 +134,8 @@ def _own_frames(error: BaseException) -> Any:
 def _pretty(value: Any) -> str:
     if isinstance(value, drgn.Object | drgn.Type | drgn.StackTrace | drgn.StackFrame):
         return str(value)
+    if isinstance(value, Leaks):
+        return repr(value)
     if isinstance(value, list | tuple) and any(isinstance(each, drgn.Object) for each in value):
         return "\n".join(f"[{n}] {each}" for n, each in enumerate(value))
     if hasattr(value, "__next__"):  # a helper's generator

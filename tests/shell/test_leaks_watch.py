@@ -24,6 +24,8 @@ def test_a_watch_at_the_prompt(clone_of: Callable[..., Vm]) -> None:
             "guest insmod /watch_cases.ko mode=same times=3; rmmod watch_cases",
             "interrupt",
             "leaks unwatch",
+            "leaks",
+            ">>> leak(1)",
             "leaks report",
         ),
     )
@@ -38,5 +40,8 @@ def test_a_watch_at_the_prompt(clone_of: Callable[..., Vm]) -> None:
     expected = [("loaded", "2", "1", "0"), ("unloaded", "0", "0", "1")]
     assert reports == [*expected, *2 * [("unloaded", "3", "3", "0")]], out
     assert "+2 more allocation(s) with the same call stack." in out
+    # The first one reported opens as it lies there.
+    first = re.search(r"^ +1  (0x[0-9a-f]{16}) +\d+  kmalloc", out, re.M)
+    assert first is not None and re.search(rf"^\*\(void \*\(\*\)\[\d+\]\){first[1]} = ", out, re.M)
     assert "no module is watched; begin with: kgdbx leaks watch MODULE" in out
     assert done.returncode == 1  # the last line

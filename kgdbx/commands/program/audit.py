@@ -13,7 +13,6 @@ from kgdbx.commands.program.leaks import remember_gone
 from kgdbx.commands.program.leaks_watch import say, to_audit
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
 from kgdbx.commands.registry import argument
-from kgdbx.commands.session.leaks import all_registers
 from kgdbx.commands.session.leaks_watch import WATCH_ARGUMENTS, begin_watch
 from kgdbx.errors import CommandError
 from kgdbx.leaks.dangling import find_dangling, ranges_in_use
@@ -32,6 +31,7 @@ from kgdbx.leaks.snapshot import Growth, Snapshot, growth_since, take_snapshot
 from kgdbx.leaks.watch import LeakWatch
 from kgdbx.machine.vm import find_vm
 from kgdbx.session import Session
+from kgdbx.views.leaks import all_registers
 
 _FORMS: dict[str, tuple[str, Callable[[AuditReport], str]]] = {
     "junit": ("JUnit's XML", junit_text),

@@ -19,17 +19,17 @@ from kgdbx.views.evaluate import Evaluator
 
 _NAMES = """
 >>> session, kernel    # of kgdbx
->>> leak(ADDRESS, type="")    # a block of the heap, as a pointer
->>> leaks()    # all blocks that nothing points to"""
+>>> leaks()    # all blocks of the heap that nothing points to
+>>> leak(N, type="")    # one of them as a pointer; leak(ADDRESS): any block of the heap"""
 
 
 @PROGRAM_COMMANDS.command(
     name="drgn",
     summary="Python on a kernel that runs or that was dumped: drgn's prompt.",
     description="""\
-prog is the kernel, and drgn's helpers are there as in drgn itself. leak(ADDRESS) is a block of the
-heap with the type that goes by its cache; leaks() are all that nothing points to. The guest stands
-meanwhile, unless with --live.
+prog is the kernel, and drgn's helpers are there as in drgn itself. leaks() are all blocks of the
+heap that nothing points to, leak(N) is one of them with the type that goes by its cache, and
+leak(ADDRESS) any block. The guest stands meanwhile, unless with --live.
 
   kgdbx drgn --vm a
   kgdbx drgn --vm a -e 'leak(0xffff8eac41155b80)'

@@ -13,11 +13,9 @@ from kgdbx.commands.program import PROGRAM_COMMANDS
 from kgdbx.commands.program.probe import TARGET_ARGUMENTS, is_over_kgdb, open_session
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.leaks import (
-    all_registers,
     block_record,
     dangling_table,
     growth_table,
-    leak_table,
 )
 from kgdbx.errors import CommandError, MachineError, Unsupported
 from kgdbx.leaks.blocks import Heap
@@ -35,6 +33,7 @@ from kgdbx.render import pick_style
 from kgdbx.session import Session
 from kgdbx.target.core import CoreTarget
 from kgdbx.trace.json_lines import json_line
+from kgdbx.views.leaks import all_registers, leak_table
 
 __all__ = ("remember_gone",)
 

@@ -1,38 +1,21 @@
 """leaks: memory of the attached kernel that nothing points to."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from kgdbx.arch.registers import Registers
 from kgdbx.commands.context import Context
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session import SESSION_COMMANDS
-from kgdbx.errors import Unsupported
 from kgdbx.leaks.blocks import Block, Heap
 from kgdbx.leaks.dangling import Dangling
-from kgdbx.leaks.describe import Description, describe_block
-from kgdbx.leaks.scan import Scan, scan_heap
+from kgdbx.leaks.describe import describe_block
 from kgdbx.leaks.snapshot import Growth
 from kgdbx.probes.value import Hex
 from kgdbx.render import table
-from kgdbx.session import Session
 from kgdbx.trace.text import PLAIN, Style
+from kgdbx.views.leaks import report_leaks
 
-__all__ = ("all_registers", "block_record", "dangling_table", "growth_table", "leak_table")
-
-
-def all_registers(session: Session) -> Sequence[Registers]:
-    """Registers of all vCPUs of a kernel that stands."""
-    return [session.target.read_registers(cpu) for cpu in session.target.cpus()]
-
-
-def leak_table(heap: Heap, blocks: Iterable[Block], style: Style = PLAIN) -> str:
-    """Blocks as a table, with what may be told of each."""
-    rows = []
-    for block in blocks:
-        about = describe_block(heap, block)
-        rows.append((Hex(block.address), block.size_bytes, block.cache, _told(about)))
-    return table(("address", "bytes", "cache", "what"), rows, style)
+__all__ = ("block_record", "dangling_table", "growth_table")
 
 
 def growth_table(growth: Iterable[Growth], style: Style = PLAIN) -> str:
@@ -61,29 +44,16 @@ def block_record(heap: Heap, block: Block) -> dict[str, object]:
     }
 
 
-def _told(about: Description) -> str:
-    text = f'"{about.text}"' if about.text else ""
-    symbols = f"-> {', '.join(about.symbols)}" if about.symbols else ""
-    return " ".join(part for part in (about.type_name, text, symbols) if part)
-
-
 @SESSION_COMMANDS.command(
     name="leaks",
     summary="Scan the whole kernel for memory that nothing points to.",
     description="Looks at variables, stacks, registers and all allocated memory, as they are at\n"
-    "this stop. 'kgdbx leaks' on the command line has more.",
+    "this stop. 'kgdbx leaks' on the command line has more. leak(N) of Python opens a block.",
     arguments=(argument("--limit", type=int, default=50, metavar="N", help="lines (default 50)"),),
     needs_session=True,
 )
 def leaks(context: Context, args: argparse.Namespace) -> None:
-    session = context.session
-    if session.ram is None:
-        raise Unsupported("a leak scan needs the RAM of a VM of ours; attach by its name")
-    own = session.resident.engine.taken
-    scan: Scan = scan_heap(session.kernel, session.ram, all_registers(session), own)
-    for error in scan.errors:
+    found = report_leaks(context.session)
+    for error in found.scan.errors:
         context.write(f"not looked at: {error}")
-    if scan.leaks:
-        context.write(leak_table(scan.heap, scan.leaks[: args.limit], context.style))
-    size = sum(block.size_bytes for block in scan.leaks)
-    context.write(f"{len(scan.leaks)} blocks of {size:,} bytes that nothing points to")
+    context.write(found.text(context.style, args.limit))

@@ -1,6 +1,7 @@
 """leaks scan and mark as their users run them, on a VM and on a core file of it."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kgdbx.bench.terminal import Terminal
 from kgdbx.leaks.heap import read_heap
 from kgdbx.machine.kmod import build_kmod
 
@@ -75,7 +77,9 @@ def test_a_reported_block_is_a_drgn_object(
         "assert (planted.value_(), planted.other.value_()) == (a, b)\n"
         "assert leak(b + 8, 'struct planted').other == planted\n"
         "assert len(leak(a)[0]) * 8 >= planted.type_.type.size\n"
-        "assert {a, b} <= {each.value_() for each in leaks()}\n"
+        "found = leaks()\n"
+        "assert {a, b} <= {each.value_() for each in found}\n"
+        "assert found == [leak(n) for n in range(1, len(found) + 1)]\n"
         "from drgn.helpers.linux.pid import find_task\n"
         "init = leak(find_task(prog, 1))\n"
         "assert init.type_.type_name() == 'struct task_struct *', init.type_\n"
@@ -86,6 +90,17 @@ def test_a_reported_block_is_a_drgn_object(
     assert (done.returncode, done.stdout) == (0, "agent 1\n"), done.stderr
     done = kgdbx("drgn", "--vm", name, "--live", "-e", "leak(0xffff000000000000)")
     assert done.returncode == 2 and "it is in no block of the heap" in done.stderr
+    done = kgdbx("drgn", "--vm", name, "-e", "leak(1000)")
+    assert done.returncode == 2 and "there is no leak 1000: leaks() has " in done.stderr
+    with Terminal([sys.executable, "-m", "kgdbx", "drgn", "--vm", name], columns=120) as t:
+        t.wait(">>> leak(N", 90)
+        t.line(f"[each.value_() for each in leaks()].index({cycle[0]}) + 1000")
+        t.wait(lambda: any(re.fullmatch(r"10\d\d", line.strip()) for line in t.display()), 60)
+        number = next(int(n) for n in map(str.strip, t.display()) if re.fullmatch(r"10\d\d", n))
+        t.line(f"leak({number - 999}).value_() - {cycle[0]} + 4711")
+        t.wait(lambda: any(line.strip() == "4711" for line in t.display()), 60)
+        t.type("\x04")
+        assert t.end() == 0
 
 
 def test_what_cannot_be_looked_at_is_told(guest_of: Callable[..., Any], tmp_path: Path) -> None:
