@@ -1,5 +1,9 @@
 """The drgn program over a target: types and objects of the live kernel."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import drgn
 
 from kgdbx.errors import SymbolError, TargetError
@@ -66,11 +70,25 @@ def make_program(
     if target.capabilities.physical_memory:
         program.add_memory_segment(0, _PHYSICAL_END, read_physical, physical=True)
     try:
-        program.load_debug_info([vmlinux.path])
+        with _quiet_about_modules():
+            program.load_debug_info([vmlinux.path])
     except drgn.MissingDebugInfoError as e:
         raise _no_debug_info(vmlinux) from e
     _add_page_types(program)
     return program
+
+
+# drgn looks at the modules, too, and warns of one that is just being loaded or taken out: those are
+# kgdbx.symbols.modules' business.
+@contextlib.contextmanager
+def _quiet_about_modules() -> Iterator[None]:
+    logger = logging.getLogger("drgn")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 # What drgn's slab helpers look for in vmcoreinfo since Linux kernel commit 46df8e73a4a3 ("mm: free

@@ -15,6 +15,7 @@ from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
 from kgdbx.session import Session
 from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.symbols.program import make_program
 from kgdbx.target.rsp import RspTarget
 
 CloneOf = Callable[..., Any]
@@ -104,3 +105,19 @@ def test_module_symbols(clone_of: CloneOf) -> None:
                 f"{name}+0x0/{function.size_bytes:#x} [dummy]"
             )
         assert session.kernel.modules.find("nosuch") is None
+
+
+def test_a_module_that_is_just_being_loaded_is_no_trouble(
+    guest_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = guest_of("6.1", modules=("dummy",))
+    session, kernel = guest.session, guest.kernel
+    session.define("p find_module_sections", tier="stop")
+    command = guest.vm.start("modprobe dummy")
+    session.run(count=1, command=command, timeout_s=60)
+    assert command.poll() is None
+    program = make_program(session.target, kernel.memory, kernel.vmlinux, kernel.slide)
+    assert program["init_task"].comm.string_() == b"swapper/0"
+    assert caplog.messages == []
+    session.run(command=command, timeout_s=60)
+    assert command.wait(60).status == 0
