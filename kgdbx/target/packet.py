@@ -42,8 +42,8 @@ def connect_stream(address: str, timeout_s: float) -> socket.socket:
                 raise
     except OSError as e:
         raise TargetError(
-            f"cannot connect to {address}: {e.strerror or e}; is the VM running, with "
-            "-gdb on this address and no other debugger attached?"
+            f"cannot connect to {address}: {e.strerror or e}; is the machine running, with a "
+            "stub or its line on this address and nobody else connected?"
         ) from e
     return stream
 

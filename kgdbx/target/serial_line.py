@@ -111,8 +111,9 @@ class SerialLine:
         """
         if self._socket is not None:
             raise TargetError(
-                f"a break cannot be sent over the socket {self.address}; break in on the machine: "
-                "echo g > /proc/sysrq-trigger"
+                f"a break cannot be sent over the socket {self.address}; if it is a console "
+                f"server that speaks telnet, give telnet:{self.address}, else break in on the "
+                "machine: echo g > /proc/sysrq-trigger"
             )
         termios.tcsendbreak(self._fd, 0)
 

@@ -30,7 +30,7 @@ from kgdbx.commands.session import SESSION_COMMANDS
         argument(
             "--sysrq",
             metavar="LINE",
-            help="tty of the console over which KGDB's kernel can be stopped; not for a VM of ours",
+            help="console over which KGDB's kernel can be stopped: tty or telnet:host:port",
             completes="file",
         ),
     ),

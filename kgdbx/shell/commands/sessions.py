@@ -20,7 +20,9 @@ _WHICH = argument("which", nargs="?", help="number or name", completes="session"
         argument("where", nargs="?", default="", help="left out: gdb alone", completes="vm"),
         argument("vmlinux", nargs="?", help="the kernel's debug symbols", completes="file"),
         argument("--name", default="", help="what the prompt calls it"),
-        argument("--sysrq", metavar="LINE", help="serial console of KGDB's kernel"),
+        argument(
+            "--sysrq", metavar="LINE", help="console of KGDB's kernel: tty or telnet:host:port"
+        ),
     ),
 )
 async def open_(shell: "Shell", args: argparse.Namespace) -> None:

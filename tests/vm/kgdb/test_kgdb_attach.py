@@ -72,6 +72,32 @@ def test_a_kernel_that_runs_needs_a_way_in(kgdb_vm: Vm) -> None:
     assert still_runs(kgdb_vm)
 
 
+def test_a_break_over_telnet_stops_the_kernel(kgdb_vm: Vm, tmp_path: Path) -> None:
+    # What QEMU's console is to this test, a console server is to a machine.
+    console, line = tmp_path / "console", str(kgdb_vm.info.kgdb_socket)
+    backend = {
+        "type": "socket",
+        "data": {
+            "addr": {"type": "unix", "data": {"path": str(console)}},
+            "server": True,
+            "wait": False,
+            "telnet": True,
+        },
+    }
+    with kgdb_vm.qmp() as qmp:
+        qmp.execute("chardev-change", id="console0", backend=backend)
+    vmlinux = str(kgdb_vm.info.vmlinux)
+    with pytest.raises(TargetError, match=f"telnet:{console}"):
+        connect(f"kgdb:{line}", vmlinux, sysrq=str(console))
+    with connect(f"kgdb:{line}", vmlinux, sysrq=f"telnet:{console}") as session:
+        (probe,) = session.define("p __x64_sys_getpgid+5")
+        command = kgdb_vm.start("caller 1 7")
+        assert session.run(timeout_s=10) is None  # the time is up: a break ends it
+        assert probe.hits == 7
+    assert command.wait(60).output.startswith("7 ")
+    assert still_runs(kgdb_vm)
+
+
 @pytest.fixture
 def tty(kgdb_vm: Vm) -> Iterator[str]:
     """The VM's serial line as a tty of this machine."""
