@@ -50,7 +50,7 @@ LINE_ARGUMENTS = (
     argument(
         "--sysrq",
         metavar="LINE",
-        help="serial console of KGDB's kernel, to stop it there: /dev/ttyS1[,115200] or telnet:host:port",
+        help="console of KGDB's kernel, to stop it there: /dev/ttyS1[,115200] or telnet:host:port",
     ),
 )
 """Options that say by which line, if not a VM's own."""
