@@ -20,8 +20,10 @@ __all__ = ("Template", "clone", "make_template", "remove_templates")
 
 _MIGRATE_S = 60.0
 _FORMAT = 1
-# Templates to keep: about 120 MB each.
+# Templates to keep: about 120 MB each, so a tenth of a RAM directory of 16 GB, and never fewer.
 _KEPT = 12
+_TEMPLATE_BYTES = 120 << 20
+_SHARE = 10
 # RAM is not in the stream; it is what the file holds.
 _IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}
 
@@ -111,7 +113,9 @@ def _fill(path: Path, config: MachineConfig, qemu: Qemu, boot_timeout_s: float) 
 
 # They hold RAM of the host: drop those used longest ago.
 def _prune() -> None:
-    for path in sorted(_templates(), key=lambda path: -path.stat().st_mtime)[_KEPT:]:
+    total = shutil.disk_usage(_templates_dir()).total
+    kept = max(_KEPT, total // _SHARE // _TEMPLATE_BYTES)
+    for path in sorted(_templates(), key=lambda path: -path.stat().st_mtime)[kept:]:
         shutil.rmtree(path, ignore_errors=True)
 
 

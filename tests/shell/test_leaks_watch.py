@@ -10,7 +10,7 @@ from tests.shell.test_script import commands, run
 
 def test_a_watch_at_the_prompt(clone_of: Callable[..., Vm]) -> None:
     path = build_kmod("6.1", "watch_cases")
-    vm = clone_of("6.1", 2, files={"/watch_cases.ko": path})
+    vm = clone_of("6.1", 2)
     done = run(
         "--vm",
         vm.name,

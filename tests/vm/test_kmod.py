@@ -11,7 +11,7 @@ from kgdbx.machine.kmod import build_kmod
 @pytest.mark.parametrize("kernel", ["6.12"])
 def test_a_module_of_our_own(guest_of: Callable[..., Any], kernel: str) -> None:
     module = build_kmod(kernel, "leak_kmalloc")
-    guest = guest_of(kernel, files={"/leak_kmalloc.ko": module})
+    guest = guest_of(kernel)
     guest.run("insmod /leak_kmalloc.ko blocks=7")
     modules = guest.kernel.modules
     modules.add_debug_file(module)

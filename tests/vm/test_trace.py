@@ -216,7 +216,7 @@ def test_a_buffer_that_is_too_small(vm: Vm, tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_not_loaded_yet(clone_of: Callable[..., Vm], tmp_path: Path) -> None:
-    vm = clone_of("6.1", 2, modules=("dummy",))
+    vm = clone_of("6.1", 2)
     raw = tmp_path / "raw"
     come_and_go = "for n in 1 2 3; do modprobe dummy; rmmod dummy; done"
     done = trace("--vm", vm.name, "dummy:dummy_*_module", "--raw", str(raw), "-e", come_and_go)

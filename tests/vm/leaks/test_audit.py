@@ -24,7 +24,7 @@ def test_an_audit_fails_for_what_leaks_and_passes_for_what_does_not(
     clone_of: Callable[..., Vm], tmp_path: Path
 ) -> None:
     files = {name: build_kmod("6.1", name) for name in MODULES}
-    vm = clone_of("6.1", 2, files={f"/{name}.ko": path for name, path in files.items()})
+    vm = clone_of("6.1", 2)
     options = ["--vm", vm.info.name, "--modules", ",".join(MODULES)]
     options += [f"--ko={path}" for path in files.values()]
     outputs = {name: tmp_path / name for name in ("junit", "sarif", "kmemleak", "html")}
@@ -85,7 +85,7 @@ def test_an_audit_fails_for_what_leaks_and_passes_for_what_does_not(
 
 def test_watch_obeys_its_standard_input(clone_of: Callable[..., Vm]) -> None:
     path = build_kmod("6.1", "watch_cases")
-    vm = clone_of("6.1", 2, files={"/watch_cases.ko": path})
+    vm = clone_of("6.1", 2)
     argv = ["leaks", "watch", "watch_cases", "--vm", vm.info.name, "--stdin", "--json"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "kgdbx", *argv, "--ko", str(path)]

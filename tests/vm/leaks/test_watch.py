@@ -32,8 +32,7 @@ class Watched:
 
     def __init__(self, guest_of: GuestOf, kernel: str, *names: str) -> None:
         files = {name: build_kmod(kernel, name) for name in MODULES}
-        inside = {f"/{name}.ko": path for name, path in files.items()}
-        self.guest = guest_of(kernel, files=inside)
+        self.guest = guest_of(kernel)
         session = self.guest.session
         for path in files.values():
             session.kernel.modules.add_debug_file(path)

@@ -8,7 +8,6 @@ from typing import Any
 
 from kgdbx.attach import attach_vm
 from kgdbx.leaks.watch import place_watch
-from kgdbx.machine.kmod import build_kmod
 from kgdbx.machine.vm import Vm
 
 ROUNDS = 6
@@ -16,8 +15,7 @@ SAID = re.compile(r"watch_busy: (\d+)")
 
 
 def test_exact_on_four_cpus_round_after_round(guest_of: Callable[..., Any]) -> None:
-    files = {f"/{name}.ko": build_kmod("6.1", name) for name in ("watch_busy", "watch_leaker")}
-    guest = guest_of(smp=4, files=files)
+    guest = guest_of(smp=4)
     session = guest.session
     names = ["watch_busy", "watch_leaker"]
     watch = place_watch(session.kernel, session.resident, session.probes, names)
@@ -49,7 +47,7 @@ def test_exact_on_four_cpus_round_after_round(guest_of: Callable[..., Any]) -> N
 
 
 def test_a_kgdbx_that_is_killed_leaves_nothing(clone_of: Callable[..., Vm]) -> None:
-    vm = clone_of("6.1", 2, files={"/watch_busy.ko": build_kmod("6.1", "watch_busy")})
+    vm = clone_of("6.1", 2)
     before = text_of(vm)
     argv = ["leaks", "watch", "watch_busy", "--vm", vm.info.name, "--stdin"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -282,7 +282,7 @@ def test_unregistered_while_returns_are_pending(guest_of: GuestOf) -> None:
 
 def test_no_return_site_stays_when_the_probe_has_gone(guest_of: GuestOf) -> None:
     # Return sites stay for the next call; those of a probe that has gone would only cost time.
-    guest = guest_of(modules=("dummy",))
+    guest = guest_of()
     pending = guest.session.register(Kprobe("dummy:dummy_setup"))
     assert pending.state.value == "PENDING"
     with guest.session.register(Kretprobe("do_getpgid")) as rp:

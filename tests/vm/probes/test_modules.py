@@ -21,7 +21,7 @@ GuestOf = Callable[..., Any]
 
 @pytest.mark.parametrize("kernel", ["6.1", "6.12"])
 def test_pending_probe_hits_the_modules_own_init(guest_of: GuestOf, kernel: str) -> None:
-    guest = guest_of(kernel, modules=("dummy",))
+    guest = guest_of(kernel)
     names: list[str] = []
 
     def device(dev: Any) -> None:
@@ -51,7 +51,7 @@ def test_pending_probe_hits_the_modules_own_init(guest_of: GuestOf, kernel: str)
 
 
 def test_unloaded_and_loaded_again(guest_of: GuestOf) -> None:
-    guest = guest_of(modules=("dummy", "loop"))
+    guest = guest_of()
     probe = guest.session.register(Kprobe("dummy:dummy_setup"))
     init = guest.session.register(Kprobe("dummy:dummy_init_module"))
     exit_ = guest.session.register(Kretprobe("dummy:dummy_cleanup_module"))
@@ -72,7 +72,7 @@ def test_unloaded_and_loaded_again(guest_of: GuestOf) -> None:
 
 
 def test_parameter_setter_runs_before_init(guest_of: GuestOf) -> None:
-    guest = guest_of(modules=("loop",))
+    guest = guest_of()
     order: list[str] = []
 
     def setter(s: Any) -> None:
@@ -85,7 +85,7 @@ def test_parameter_setter_runs_before_init(guest_of: GuestOf) -> None:
 
 
 def test_init_that_fails(guest_of: GuestOf) -> None:
-    guest = guest_of(modules=("loop",))
+    guest = guest_of()
     results = []
     init = guest.session.register(
         Kretprobe("loop:loop_init", lambda retval: results.append(retval.value_()))
@@ -102,7 +102,7 @@ def test_init_that_fails(guest_of: GuestOf) -> None:
 
 
 def test_unknown_names(guest_of: GuestOf) -> None:
-    guest = guest_of(modules=("dummy",))
+    guest = guest_of()
     with pytest.raises(ProbeError) as caught:
         guest.session.register(Kprobe("dummy:dummy_setpu"))
     assert str(caught.value).startswith(
@@ -122,7 +122,7 @@ def test_unknown_names(guest_of: GuestOf) -> None:
 
 
 def test_debug_file_of_another_build(clone_of: Callable[..., Any], tmp_path: Path) -> None:
-    vm = clone_of("6.1", 2, modules=("loop",))
+    vm = clone_of("6.1", 2)
     wrong = find_kernel("6.12").debug_modules
     (tmp_path / "loop.ko").symlink_to(next(wrong.rglob("loop.ko*")))
     vm.execute("modprobe loop")

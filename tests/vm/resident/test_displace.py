@@ -353,7 +353,7 @@ def test_places_of_our_own(guest_of: Callable[..., Guest]) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_modules(guest_of: Callable[..., Guest], name: str) -> None:
-    guest = guest_of(name, modules=("tun", "kvm"))
+    guest = guest_of(name)
     guest.run("modprobe tun && modprobe kvm")
     kernel = guest.kernel
     blacklist = Blacklist(kernel)

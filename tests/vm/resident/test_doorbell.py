@@ -228,7 +228,7 @@ def test_a_function_that_ftrace_does_not_patch_keeps_its_breakpoint(guest: Any) 
 def test_our_own_probes_leave_no_breakpoint_beside_resident_ones(
     guest_of: GuestOf, kernel: str
 ) -> None:
-    guest = guest_of(kernel, modules=("dummy",))
+    guest = guest_of(kernel)
     before = guest.text()
     (init,) = guest.session.define("p dummy:dummy_init_module")
     assert any(site.resume is None for site in guest.session.probes.sites)

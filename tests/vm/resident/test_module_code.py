@@ -15,7 +15,7 @@ GuestOf = Callable[..., Any]
 
 @pytest.mark.parametrize("kernel", ["6.12"])
 def test_modules_come_and_go(guest_of: GuestOf, kernel: str) -> None:
-    guest = guest_of(kernel, modules=("dummy", "loop"))
+    guest = guest_of(kernel)
     events: list[Event] = []
     guest.session.event_listeners.append(events.append)
     init, setup, returned, device = (
@@ -54,7 +54,7 @@ def test_modules_come_and_go(guest_of: GuestOf, kernel: str) -> None:
 
 
 def test_what_cannot_be_compiled_for_a_module_stops_there(guest_of: GuestOf) -> None:
-    guest = guest_of("6.1", modules=("dummy",))
+    guest = guest_of("6.1")
     events: list[Event] = []
     guest.session.event_listeners.append(events.append)
     text = "dev->flags ? dev->name : dev->name"  # no single value for code in the guest

@@ -98,7 +98,7 @@ def test_condition_on_parameters_and_task(guest: Any) -> None:
 
 
 def test_only_calls_from_a_module(guest_of: GuestOf) -> None:
-    guest = guest_of(modules=("dummy",))
+    guest = guest_of()
     with pytest.raises(ProbeError, match="module 'dummy' is not loaded"):
         guest.session.nullify("__alloc_percpu_gfp", "NULL", module="dummy")
     guest.run("modprobe dummy numdummies=0")
@@ -115,7 +115,7 @@ def test_only_calls_from_a_module(guest_of: GuestOf) -> None:
 
 
 def test_function_of_a_module_that_is_loaded_later(guest_of: GuestOf) -> None:
-    guest = guest_of(modules=("dummy",))
+    guest = guest_of()
     probe = guest.session.nullify("dummy:dummy_dev_init", "-EIO")
     assert probe.state is State.PENDING
     faults: list[str] = []

@@ -87,7 +87,7 @@ def test_kaslr_slide_and_objects(clone_of: CloneOf, kernel: str) -> None:
 
 
 def test_module_symbols(clone_of: CloneOf) -> None:
-    vm = clone_of("6.1", 2, modules=("dummy",))
+    vm = clone_of("6.1", 2)
     vm.execute("modprobe dummy")
     listed = vm.execute("grep -E ' dummy_(setup|xmit)\\s.dummy.$' /proc/kallsyms").output
     with attach_vm(vm.info) as session:
@@ -110,7 +110,7 @@ def test_module_symbols(clone_of: CloneOf) -> None:
 def test_a_module_that_is_just_being_loaded_is_no_trouble(
     guest_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    guest = guest_of("6.1", modules=("dummy",))
+    guest = guest_of("6.1")
     session, kernel = guest.session, guest.kernel
     session.define("p find_module_sections", tier="stop")
     command = guest.vm.start("modprobe dummy")

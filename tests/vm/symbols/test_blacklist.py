@@ -52,7 +52,7 @@ def test_same_as_the_kernels(clone_of: Callable[..., Any], name: str) -> None:
 
 
 def test_modules(clone_of: Callable[..., Any]) -> None:
-    vm = clone_of("6.1", 2, modules=("tun", "kvm"))
+    vm = clone_of("6.1", 2)
     assert vm.execute("modprobe tun && modprobe kvm").status == 0
     listed = vm.execute("cat /sys/kernel/debug/kprobes/blacklist").output
     with attach_vm(vm.info) as session:
