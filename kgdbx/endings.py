@@ -45,7 +45,8 @@ def stop_on_signals(target: Target, done: threading.Event, events: EventQueue) -
     """While the block runs, ^C sets *done* and stops the target where nothing is half done.
 
     So do requests to end the process, which then goes on with its way out; not what the process
-    was started to ignore, as by nohup(1).
+    was started to ignore, as by nohup(1), and not what is handled by others than Python: gdb deals
+    with those itself.
 
     :raises SystemExit: after the block, if the process was asked to end
     """
@@ -60,8 +61,14 @@ def stop_on_signals(target: Target, done: threading.Event, events: EventQueue) -
         events.hurry = True
         target.request_stop()
 
-    heard = [n for n in _ENDING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, note) for number in heard}
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    previous = {
+        number: handler
+        for number, handler in handlers.items()
+        if handler is not None and (number == signal.SIGINT or handler != signal.SIG_IGN)
+    }
+    for number in previous:
+        signal.signal(number, note)
     try:
         yield
     except KeyboardInterrupt:

@@ -94,14 +94,15 @@ class GdbConnection:
         if reply != b"OK":
             raise ProtocolError(f"the stub answers {reply!r} to {packet!r}")
 
-    def execute(self, command: str) -> None:
+    def execute(self, command: str) -> str:
         """Have gdb execute a command.
 
+        :return: what was written meanwhile, but for what gdb says of stops
         :raises TargetLost: if the guest is gone
         :raises TargetError: if the command fails
         """
         try:
-            gdb.execute(command, to_string=True)
+            return str(gdb.execute(command, to_string=True))
         except gdb.error as e:
             raise self._translated(e) from e
 

@@ -17,6 +17,7 @@ from kgdbx.target.gdb_idle import IdleThread
 __all__ = ("GdbRun", "GdbRunControl")
 
 _RETRY_S = 0.25
+_GDBS_OWN = "[Switching to "
 
 
 class GdbRun:
@@ -142,7 +143,10 @@ class GdbRunControl:
         if self._breakpoints.at(pc) and not any(user_breakpoints(pc)):
             command = f"jump *{pc:#x}"  # to where it is: 'continue' would step over the breakpoint
         with quiet():
-            self._connection.execute(command)
+            written = self._connection.execute(command)
+        # Events that were shown while the kernel ran are among it.
+        lines = written.splitlines(keepends=True)
+        gdb.write("".join(line for line in lines if not line.startswith(_GDBS_OWN)))
         if self._connection.exited:
             raise TargetLost(f"the guest at {self._connection.name} has shut down")
 

@@ -116,6 +116,23 @@ def test_exact_counts_on_four_cpus(vm: Vm, tmp_path: Path) -> None:
     assert is_unpatched(vm)
 
 
+def test_a_script_lets_the_kernel_run(endless: Vm, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import signal\n"
+        "def start(session):\n"
+        "    before = signal.getsignal(signal.SIGTERM)\n"
+        f"    session.define('p {FUNCTION}')\n"
+        "    stop = session.run(count=3, timeout_s=50)\n"
+        "    same = signal.getsignal(signal.SIGTERM) is before\n"
+        "    print('RAN', stop is not None, session.limit_reached, same)\n"
+    )
+    out = run_gdb(f"kgdbx attach {endless.name}", f"kgdbx script {script}", "kgdbx detach")
+    assert "RAN True True True" in out
+    assert out.count(f": ({FUNCTION}+0x0") == 3
+    assert is_unpatched(endless)
+
+
 def test_single_stepped_instruction_and_watch(endless: Vm) -> None:
     out = run_gdb(
         f"kgdbx attach {endless.name}",
