@@ -83,6 +83,14 @@ def session_checks(session: Session) -> Iterator[Check]:
         "yes, guest RAM is mapped" if can.reads_while_running else "no, over the stub at stops",
     )
     yield Check("debug registers", True, str(can.hardware_breakpoints))
+    most = can.software_breakpoints
+    places = "at any number of addresses" if most is None else f"at {most} addresses"
+    yield Check("software breakpoints", True, places)
+    yield Check(
+        "probes in the kernel",
+        True,
+        "yes" if can.writes_code else "no, KGDB cannot write code: each hit stops the kernel",
+    )
     yield Check("KASLR", True, f"slide {kernel.slide:#x}")
     yield Check("build ID", True, f"{kernel.vmlinux.build_id} in the kernel and in vmlinux")
     yield Check(

@@ -93,12 +93,11 @@ class Capabilities:
     """What a transport can do.
 
     :ivar hardware_breakpoints: debug registers per vCPU, shared by breakpoints and watchpoints
-    :ivar software_breakpoints: most that can be inserted; None for no limit
+    :ivar software_breakpoints: most addresses that can have one until the target is closed; None
+        for no limit
     :ivar physical_memory: guest-physical addresses can be read and written at a stop
     :ivar reads_while_running: memory can be read without stopping the kernel
     :ivar writes_while_running: guest-physical memory can be written without stopping the kernel
-    :ivar single_cpu_step: one vCPU can be stepped while the others stand still
-    :ivar clock_stops: guest time stands still during a stop, so that watchdogs do not fire
     :ivar writes_code: code can be written at a stop, though the kernel protects it
     """
 
@@ -107,8 +106,6 @@ class Capabilities:
     physical_memory: bool
     reads_while_running: bool
     writes_while_running: bool
-    single_cpu_step: bool
-    clock_stops: bool
     writes_code: bool = True
 
 

@@ -169,8 +169,6 @@ class CoreTarget(Target):
             physical_memory=True,
             reads_while_running=True,
             writes_while_running=False,
-            single_cpu_step=False,
-            clock_stops=True,
         )
 
     @property

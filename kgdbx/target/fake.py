@@ -90,8 +90,6 @@ class FakeTarget(Target):
             physical_memory=True,
             reads_while_running=self._ram,
             writes_while_running=self._ram,
-            single_cpu_step=True,
-            clock_stops=True,
         )
 
     @property

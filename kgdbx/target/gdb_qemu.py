@@ -52,8 +52,6 @@ class GdbTarget(GdbInferior):
             physical_memory=physical,
             reads_while_running=self._ram is not None,
             writes_while_running=self._ram is not None,
-            single_cpu_step=b"s" in exchange(b"vCont?"),
-            clock_stops=True,
         )
 
     @property

@@ -30,8 +30,6 @@ class KgdbAccess(Target):
             physical_memory=self._cpus.state is not None,  # by way of the kernel's direct map
             reads_while_running=False,
             writes_while_running=False,
-            single_cpu_step=self._cpus.state is not None,
-            clock_stops=False,
             writes_code=False,  # kernel text is write-protected for M
         )
 

@@ -10,7 +10,11 @@ from kgdbx.target.kgdb_packets import KgdbPackets
 __all__ = ("KgdbBreakpoints", "MAX_SOFTWARE_BREAKPOINTS")
 
 MAX_SOFTWARE_BREAKPOINTS = 1000
-"""``KGDB_MAX_BREAKPOINTS`` in include/linux/kgdb.h."""
+"""``KGDB_MAX_BREAKPOINTS`` in include/linux/kgdb.h.
+
+One that was removed keeps its place for its address until a detach: ``BP_REMOVED`` in
+kernel/debug/debug_core.c.
+"""
 
 _WATCHES = (BreakpointKind.WATCH_WRITE, BreakpointKind.WATCH_ACCESS)
 _THERE_ALREADY = b"E%02d" % errno.EEXIST
@@ -83,7 +87,8 @@ class KgdbBreakpoints:
         reply, again = self._connection.exchange(b"Z" + place, _answer)
         if reply == _FULL:
             raise ProbeError(
-                f"KGDB has {MAX_SOFTWARE_BREAKPOINTS} software breakpoints at most; remove some",
+                f"KGDB takes software breakpoints at {MAX_SOFTWARE_BREAKPOINTS} addresses, also of "
+                "those that were removed, until it is detached from; detach and attach again",
                 errno.ENOSPC,
             )
         if reply != b"OK" and not (again and reply == _THERE_ALREADY):

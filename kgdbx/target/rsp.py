@@ -73,8 +73,6 @@ class RspTarget(RunLoop):
                 physical_memory=physical,
                 reads_while_running=ram is not None,
                 writes_while_running=ram is not None,
-                single_cpu_step=b"s" in self._exchange(b"vCont?"),
-                clock_stops=True,
             )
         except BaseException:
             self._connection.close()

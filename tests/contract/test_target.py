@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CALLS = 23
 SOFTWARE, HARDWARE = BreakpointKind.SOFTWARE, BreakpointKind.HARDWARE
 DEADLINE_S = 60.0
+MANY = 1009
 
 
 def run_to_end(guest: Guest, on_stop: Callable[[Stop], bool]) -> None:
@@ -231,6 +232,18 @@ def test_there_are_four_debug_registers(guest: Guest, target: Target) -> None:
         assert error.value.errno == errno.ENOSPC
     target.remove_breakpoint(HARDWARE, guest.probed)
     target.insert_breakpoint(HARDWARE, guest.probed + 3)
+
+
+def test_as_many_software_breakpoints_as_it_says(guest: Guest, target: Target) -> None:
+    most = target.capabilities.software_breakpoints
+    for n in range(most or MANY):
+        target.insert_breakpoint(SOFTWARE, guest.probed + n)
+    if most is not None:
+        with pytest.raises(ProbeError) as error:
+            target.insert_breakpoint(SOFTWARE, guest.probed + most)
+        assert error.value.errno == errno.ENOSPC
+        target.remove_breakpoint(SOFTWARE, guest.probed)
+        target.insert_breakpoint(SOFTWARE, guest.probed)
 
 
 @pytest.mark.parametrize("kind", [BreakpointKind.WATCH_WRITE, BreakpointKind.WATCH_ACCESS])

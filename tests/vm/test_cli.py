@@ -213,6 +213,7 @@ def test_vm_life() -> None:
         done = kgdbx("doctor", "--vm", name)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "slide 0x" in done.stdout
+        assert "at any number of addresses" in done.stdout
     finally:
         done = kgdbx("vm", "stop", name)
     assert done.returncode == 0, done.stderr
