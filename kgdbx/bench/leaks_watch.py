@@ -51,7 +51,7 @@ _RANDRW = _Load(
     "/fat.img",
     "modprobe -a nls_cp437 nls_ascii nls_utf8 loop vfat && mkdir /m &&"
     " losetup /dev/loop0 /fat.img && mount -t vfat /dev/loop0 /m",
-    "randrw",
+    "filer randrw",
     20_000,
     5000,
 )
@@ -63,7 +63,7 @@ _FILES = _Load(
     "",
     "modprobe overlay && mkdir /o /m && mount -t tmpfs none /o && mkdir /o/l /o/u /o/w &&"
     " mount -t overlay none -o lowerdir=/o/l,upperdir=/o/u,workdir=/o/w /m",
-    "filer",
+    "filer create",
     1500,
     10 * _THREADS * 1500,
 )
