@@ -53,7 +53,6 @@ class Terminal:
     :param rows: height of the window
     :param environment: variables beside those of this process
     :ivar screen: pyte's screen; use it under :attr:`lock`
-    :ivar received: bytes that are shown so far
     :ivar stamp: what is noted of a moment, see :meth:`answer`; seconds
     """
 
@@ -80,7 +79,6 @@ class Terminal:
             env=os.environ | {"TERM": "xterm-256color"} | (environment or {}),
         )
         os.close(slave)
-        self.received = 0
         self._pieces: deque[tuple[tuple[float, ...], bytes]] = deque()
         self._piece = threading.Semaphore(0)
         self._awaited: Callable[[Sequence[str]], bool] | None = None
@@ -211,7 +209,6 @@ class Terminal:
             with self.lock:
                 self.screen.dirty.clear()
                 self._stream.feed(data)
-                self.received += len(data)
                 if self._awaited is not None and not self._came:
                     lines = [self._line(row) for row in sorted(self.screen.dirty)]
                     if self._awaited(lines):

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import time
 
 from prompt_toolkit.application import Application
 from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -39,7 +38,6 @@ class Screen:
         self._sort: int | None = None
         self._descending = True
         self._paused = False
-        self._fetched_at = 0.0
         control = FormattedTextControl(self._text, show_cursor=False)
         self._app: Application[None] = Application(
             Layout(Window(control, always_hide_cursor=True)),
@@ -69,7 +67,6 @@ class Screen:
                 try:
                     self._content = await self._view.fetch(session)
                     self._error = ""
-                    self._fetched_at = time.monotonic()
                 except KgdbxError as e:
                     self._error = str(e).partition("\n")[0]
                 self._app.invalidate()

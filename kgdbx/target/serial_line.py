@@ -37,7 +37,6 @@ class SerialLine:
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self.address = address
-        self.bytes_sent = 0
         self.bytes_received = 0
         self.bytes_per_s: float | None = None  # None for a socket
         if is_tty(address):
@@ -94,7 +93,6 @@ class SerialLine:
             except OSError as e:
                 raise TargetLost(f"the line to {self.address} is gone: {e.strerror}") from e
             left = left[count:]
-        self.bytes_sent += len(data)
 
     def drain(self, quiet_s: float, limit_s: float) -> bytes:
         """Take what comes until nothing has come for *quiet_s* seconds, *limit_s* at most."""

@@ -7,11 +7,8 @@ zeros behind its end.
 import dataclasses
 from dataclasses import dataclass
 
-import drgn
-
-from kgdbx.errors import ProbeError, SymbolError
 from kgdbx.probes.aggregation import Aggregation
-from kgdbx.probes.expression import Expr, Special, format_expression
+from kgdbx.probes.expression import Special
 from kgdbx.probes.field import Field
 from kgdbx.probes.scope import KernelScope
 from kgdbx.probes.value import decode_text
@@ -19,7 +16,7 @@ from kgdbx.resident.compile.code import Code
 from kgdbx.resident.compile.fields import Recorded, record_field
 from kgdbx.resident.compile.lower import Lowering
 from kgdbx.resident.compile.names import Names
-from kgdbx.resident.compile.values import NotResident, scalar_of
+from kgdbx.resident.compile.values import NotResident, foreign_errors, scalar_of
 from kgdbx.resident.layout import FieldLayout
 
 __all__ = ("MAX_KEY_BYTES", "MapShape", "aggregate", "key_fields")
@@ -78,10 +75,8 @@ def key_fields(
     end = 0
     for field in keys:
         to = f"(u8 *)key + {end}"
-        try:
+        with foreign_errors(field.expression):
             part = _part(field, names, scope, code, to)
-        except (*_FOREIGN, SymbolError, ProbeError) as e:
-            raise _guarded(field.expression, e) from e
         if part.layout.kind == "string" and part.size_bytes:
             code.line(f"clean_text({to}, {part.size_bytes});")
         parts.append(
@@ -108,11 +103,9 @@ def aggregate(
     lower = Lowering(names, code)
     value, is_signed = "0", False
     if what.value is not None:
-        try:
+        with foreign_errors(what.value):
             found = lower.value(what.value)
             is_signed = scalar_of(found.model).signed
-        except (*_FOREIGN, SymbolError, ProbeError) as e:
-            raise _guarded(what.value, e) from e
         value = code.variable("const u64", f"(u64)({'s64' if is_signed else 'u64'}){found.text}")
     parts, key_bytes = key_fields(what.keys, names, scope, code)
     keys = tuple(field.name for field in what.keys)
@@ -133,23 +126,6 @@ def aggregate(
         lines.append("gs_add32(PREEMPT_COUNT, -1);")
     text = "\n".join(f"\t{line}" for line in (*lines, "(void)at;", "return 1;"))
     return text, shape, parts, code.calls_kernel
-
-
-_FOREIGN = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    drgn.FaultError,
-    drgn.ObjectAbsentError,
-    drgn.OutOfBoundsError,
-)
-
-
-def _guarded(expr: Expr, error: Exception) -> NotResident:
-    reason = error.args[0] if error.args else type(error).__name__
-    return NotResident(f"cannot evaluate '{format_expression(expr)}': {reason}")
 
 
 def _part(field: Field, names: Names, scope: KernelScope, code: Code, to: str) -> Recorded:

@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import drgn
-
-from kgdbx.errors import ProbeError, SymbolError
 from kgdbx.probes.aggregation import Aggregation
 from kgdbx.probes.definition import ProbeDefinition
 from kgdbx.probes.expression import Expr, format_expression
@@ -19,7 +16,7 @@ from kgdbx.resident.compile.code import FAILURES, Code
 from kgdbx.resident.compile.fields import Recorded, record_field
 from kgdbx.resident.compile.lower import Lowering
 from kgdbx.resident.compile.names import Names
-from kgdbx.resident.compile.values import NotResident
+from kgdbx.resident.compile.values import NotResident, foreign_errors
 from kgdbx.resident.layout import FieldLayout
 from kgdbx.resident.record import ENTRY_FIELDS_AT, RETURN_FIELDS_AT
 from kgdbx.symbols.kernel import Kernel
@@ -31,16 +28,6 @@ MAX_RECORD_BYTES = 4096
 
 _MASK_BYTES = 8
 _MAX_FAULT_BITS = 8 * _MASK_BYTES
-_FOREIGN = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    drgn.FaultError,
-    drgn.ObjectAbsentError,
-    drgn.OutOfBoundsError,
-)
 
 
 @dataclass(frozen=True)
@@ -218,16 +205,9 @@ def _unreadable(field: RecordField, address: int) -> Unreadable:
     return Unreadable(None, f"cannot evaluate '{field.expression}': {reason}")
 
 
-def _guarded(expr: Expr, error: Exception) -> NotResident:
-    reason = error.args[0] if error.args else type(error).__name__
-    return NotResident(f"cannot evaluate '{format_expression(expr)}': {reason}")
-
-
 def _condition(expr: Expr, lower: Lowering) -> str:
-    try:
+    with foreign_errors(expr):
         test = lower.truth(expr)
-    except (*_FOREIGN, SymbolError, ProbeError) as e:
-        raise _guarded(expr, e) from e
     code = lower.code
     lines = ["u64 at;"] if code.calls_kernel else []
     return "\n".join(f"\t{line}" for line in (*lines, *code.lines, f"return {test};"))
@@ -235,10 +215,8 @@ def _condition(expr: Expr, lower: Lowering) -> str:
 
 def _part(number: int, field: Field, names: Names, scope: KernelScope) -> _Part:
     code = Code(f"goto fail_{number}")
-    try:
+    with foreign_errors(field.expression):
         recorded = record_field(field, Lowering(names, code), scope, "out")
-    except (*_FOREIGN, SymbolError, ProbeError) as e:
-        raise _guarded(field.expression, e) from e
     return _Part(field, code, recorded)
 
 

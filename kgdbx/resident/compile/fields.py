@@ -21,6 +21,7 @@ from kgdbx.probes.fetch import converter
 from kgdbx.probes.field import STACK_DEPTH, FetchType, Field
 from kgdbx.probes.scope import KernelScope
 from kgdbx.probes.value import (
+    AGGREGATES,
     MAX_STRING_BYTES,
     FieldValue,
     Hex,
@@ -31,7 +32,6 @@ from kgdbx.probes.value import (
 from kgdbx.resident.compile.lower import Lowering
 from kgdbx.resident.compile.text import is_char_array, string_place
 from kgdbx.resident.compile.values import (
-    AGGREGATES,
     NotResident,
     Place,
     Scalar,

@@ -10,9 +10,9 @@ from kgdbx.errors import SymbolError
 from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
+from kgdbx.probes.value import AGGREGATES
 from kgdbx.resident.compile.code import Code
 from kgdbx.resident.compile.values import (
-    AGGREGATES,
     MODEL_ADDRESS,
     NotResident,
     Place,

@@ -1,13 +1,15 @@
 """What an expression becomes in C: an integer, or a place in memory, each with its drgn type."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import drgn
 
-from kgdbx.errors import KgdbxError
+from kgdbx.errors import KgdbxError, ProbeError, SymbolError
+from kgdbx.probes.expression import Expr, format_expression
 
 __all__ = (
-    "AGGREGATES",
     "MODEL_ADDRESS",
     "NotResident",
     "Place",
@@ -16,26 +18,43 @@ __all__ = (
     "bare",
     "constant",
     "convert",
+    "foreign_errors",
     "place_of",
     "scalar_of",
     "value_of",
-)
-
-AGGREGATES = (
-    drgn.TypeKind.ARRAY,
-    drgn.TypeKind.STRUCT,
-    drgn.TypeKind.UNION,
-    drgn.TypeKind.CLASS,
 )
 
 MODEL_ADDRESS = 1 << 40
 """Where the reference objects that stand for types lie; their memory is never read."""
 
 _MASK = (1 << 64) - 1
+_FOREIGN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    drgn.FaultError,
+    drgn.ObjectAbsentError,
+    drgn.OutOfBoundsError,
+)
 
 
 class NotResident(KgdbxError):
     """Why a definition must run on the stop tier."""
+
+
+@contextlib.contextmanager
+def foreign_errors(expr: Expr) -> Iterator[None]:
+    """While the block lowers an expression: what drgn or the kernel's names have against it.
+
+    :raises NotResident: in place of that
+    """
+    try:
+        yield
+    except (*_FOREIGN, SymbolError, ProbeError) as e:
+        reason = e.args[0] if e.args else type(e).__name__
+        raise NotResident(f"cannot evaluate '{format_expression(expr)}': {reason}") from e
 
 
 @dataclass(frozen=True, slots=True)
