@@ -147,7 +147,14 @@ class FrameNames:
             found = self._kernel.program.source_location(frame.address - back)
         except LookupError:
             return ()
-        return tuple((location.filename, location.line) for location in found if location.line)
+        return tuple((_in_tree(each.filename), each.line) for each in found if each.line)
+
+
+# Of C files the path is the one in the kernel's tree; that of an assembler's file also says where
+# the tree was built.
+def _in_tree(filename: str) -> str:
+    _, arch, rest = filename.partition("/arch/") if filename.startswith("/") else ("", "", "")
+    return f"arch/{rest}" if arch else filename
 
 
 @functools.lru_cache(8)

@@ -70,6 +70,8 @@ def test_every_way_to_allocate_is_counted(guest_of: GuestOf, kernel: str) -> Non
             assert (len(group.events), group.size_bytes) == (23, 2300)
             place = watched.watch.frames.line(group.stack.site)
             assert place is not None and place[0].endswith("watch_cases.c")
+            outermost = watched.watch.frames.line(group.stack.frames[-1])
+            assert outermost is not None and outermost[0] == "arch/x86/entry/entry_64.S"
             assert group.stack.direct and group.stack.site.function in ("open_one", "same")
         elif mode == "realloc":
             assert [e.size_bytes for e in report.leaks] == [61]
