@@ -11,8 +11,11 @@ from kgdbx.leaks.blocks import Block, BlockKind, Heap
 from kgdbx.leaks.describe import member_at, symbol_at, typed_object
 from kgdbx.leaks.references import Reference, find_references
 
-__all__ = ("Dangling", "find_dangling", "ranges_in_use")
+__all__ = ("Dangling", "find_dangling", "old_pointers", "ranges_in_use")
 
+# Modules are behind the kernel's image, up to here: arch/x86/include/asm/pgtable_64_types.h
+_MODULES_END = 0xFFFFFFFFFF000000
+_MOST_OLD = 1 << 20
 # Nothing is called by way of these.
 _NO_HOLDERS = ("struct page", "register")
 # Addresses that the kernel notes while it loads a module and does not use later: the bounds of all
@@ -65,6 +68,24 @@ def find_dangling(
     ]
     kept = [d for d in found if d.holder is not None or d.place.partition("+")[0] not in _NOTES]
     return tuple(sorted(kept, key=lambda d: d.address)), truncated
+
+
+def old_pointers(heap: Heap, registers: Sequence[Registers] | None) -> frozenset[tuple[int, int]]:
+    """Pointers to where no module is now: a module that is put there later has not left them.
+
+    :return: ``(address, value)`` of each, and more that only look like some
+    :raises MachineError: if there is no gcc
+    """
+    areas = heap.areas
+    at = heap.kernel.address("_end")
+    gaps: list[tuple[int, int]] = []
+    for start, size in zip(areas.start.tolist(), areas.size.tolist(), strict=True):
+        if at < start < _MODULES_END:
+            gaps.append((at, start - at))
+        at = max(at, start + size)
+    gaps.append((at, _MODULES_END - at))
+    found, _ = find_references(heap, registers, gaps, _MOST_OLD)
+    return frozenset((each.address, each.value) for each in found)
 
 
 def ranges_in_use(heap: Heap, ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

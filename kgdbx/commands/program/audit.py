@@ -15,7 +15,7 @@ from kgdbx.commands.program.probe import TARGET_ARGUMENTS, open_session
 from kgdbx.commands.registry import argument
 from kgdbx.commands.session.leaks_watch import WATCH_ARGUMENTS, begin_watch
 from kgdbx.errors import CommandError
-from kgdbx.leaks.dangling import find_dangling, ranges_in_use
+from kgdbx.leaks.dangling import find_dangling, old_pointers, ranges_in_use
 from kgdbx.leaks.describe import describe_block
 from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.layout import read_layout
@@ -133,17 +133,25 @@ def _all_sessions(
     )
 
 
-def _before(session: Session) -> Snapshot | None:
+@dataclasses.dataclass(frozen=True)
+class _Before:
+    # What there was before the command: blocks, and pointers to modules that were gone then.
+    heap: Snapshot
+    pointers: frozenset[tuple[int, int]]
+
+
+def _before(session: Session) -> _Before | None:
     if session.ram is None:
         print("kgdbx: the heap is not looked at: that needs a VM of ours", file=sys.stderr)
         return None
     read_layout(session.kernel.program)
     load_native()
-    return take_snapshot(read_heap(session.kernel, session.ram))
+    heap = read_heap(session.kernel, session.ram)
+    return _Before(take_snapshot(heap), old_pointers(heap, all_registers(session)))
 
 
 def _look_through(
-    session: Session, watch: LeakWatch, before: Snapshot, report: AuditReport
+    session: Session, watch: LeakWatch, before: _Before, report: AuditReport
 ) -> AuditReport:
     assert session.ram is not None
     registers = all_registers(session)
@@ -152,7 +160,7 @@ def _look_through(
     lost = {block.address for block in scan.leaks}
     findings = [part for finding in report.findings for part in tell_lost(finding, lost)]
     for block in scan.leaks:
-        if not before.holds(block) and block.address not in known:
+        if not before.heap.holds(block) and block.address not in known:
             about = describe_block(scan.heap, block).text
             text = f"{block.size_bytes:,} bytes of {block.cache} that nothing points to"
             # Anything in the kernel may have lost it meanwhile.
@@ -178,6 +186,7 @@ def _look_through(
                 (8,),
             )
             for each in found
+            if (each.address, each.value) not in before.pointers
         )
         notes += [f"there are more pointers into {module}"] if truncated else []
         if ranges_in_use(scan.heap, ranges):
@@ -187,7 +196,7 @@ def _look_through(
         findings=tuple(findings),
         notes=tuple(dict.fromkeys(notes)),
         checks=("watch", "scan", "dangling"),
-        caches=tuple(_growth(growth_since(before, scan.heap))),
+        caches=tuple(_growth(growth_since(before.heap, scan.heap))),
     )
 
 
