@@ -21,10 +21,12 @@ from kgdbx.probes.probe import Probe
 from kgdbx.probes.resolve import parse_place, resolve_points
 from kgdbx.probes.script import Script, read_script
 from kgdbx.resident.ftrace_guard import FtraceGuard
+from kgdbx.resident.nullify import Nullify
 from kgdbx.resident.recover import Recovery
+from kgdbx.resident.replace import CHandler, Replace
 from kgdbx.resident.stop_clock import StopClock
 from kgdbx.resident.tier import ResidentTier
-from kgdbx.resident.verdict import CHandler, Nullify, Replace, VerdictProbe
+from kgdbx.resident.verdict import Calls, Verdict, VerdictProbe
 from kgdbx.runner import Runner
 from kgdbx.symbols.elf import ElfSymbols
 from kgdbx.symbols.kernel import Kernel
@@ -170,20 +172,8 @@ class Session:
         :param module: only calls whose return address is in this module
         :raises ProbeError: if it cannot be done; nothing is changed then
         """
-        tier = self.resident
-        tier.check()
-        return self._register_verdict(
-            Nullify(
-                function,
-                tier.engine,
-                tier.reader,
-                retval,
-                condition=condition,
-                module=module,
-                name=name,
-            ),
-            name,
-        )
+        self.resident.check()
+        return self._register_verdict(Calls(function, condition, module, name), Nullify(retval))
 
     def replace(
         self,
@@ -206,33 +196,13 @@ class Session:
         :raises CompileError: for a C file that gcc refuses, with file and line
         :raises ProbeError: if it cannot be done; nothing is changed then
         """
-        tier = self.resident
-        tier.check()
-        probe: VerdictProbe
-        if isinstance(other, Path):
-            vmlinux = self.kernel.vmlinux
-            probe = CHandler(
-                function,
-                tier.engine,
-                tier.reader,
-                other,
-                kernel_header(vmlinux.path, vmlinux.build_id),
-                condition=condition,
-                module=module,
-                name=name,
-            )
-        else:
-            probe = Replace(
-                function,
-                tier.engine,
-                tier.reader,
-                other,
-                condition=condition,
-                module=module,
-                name=name,
-                any_type=any_type,
-            )
-        return self._register_verdict(probe, name)
+        self.resident.check()
+        verdict: Verdict = (
+            CHandler(other, self._kernel_header(), function)
+            if isinstance(other, Path)
+            else Replace(other, any_type=any_type)
+        )
+        return self._register_verdict(Calls(function, condition, module, name), verdict)
 
     def load_script(self, path: Path) -> list[Probe]:
         """Register the probes of a script; none of them if one is refused.
@@ -341,8 +311,13 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _register_verdict(self, probe: VerdictProbe, name: str | None) -> VerdictProbe:
-        if name is None:
+    def _kernel_header(self) -> Path | None:
+        vmlinux = self.kernel.vmlinux
+        return kernel_header(vmlinux.path, vmlinux.build_id)
+
+    def _register_verdict(self, calls: Calls, verdict: Verdict) -> VerdictProbe:
+        probe = VerdictProbe(calls, verdict, self.resident.engine, self.resident.reader)
+        if calls.name is None:
             taken = {other.name for other in self.probes}
             names = (f"{probe.name}_{n}" if n else probe.name for n in itertools.count())
             probe.name = next(each for each in names if each not in taken)

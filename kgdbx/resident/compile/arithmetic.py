@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import drgn
 
 from kgdbx.probes.operators import ARITHMETIC, COMPARISONS, POINTERS
+from kgdbx.probes.value import underlying_type
 from kgdbx.resident.compile.code import DIVISION_BY_ZERO, NEGATIVE_SHIFT, Code
 from kgdbx.resident.compile.values import (
     NotResident,
     Scalar,
     Value,
-    bare,
     constant,
     convert,
     scalar_of,
@@ -39,7 +39,7 @@ def arithmetic(code: Code, sign: str, left: Value, right: Value) -> Value:
     model, left, right = _combined(function, left, right, sign not in "+-")
     if left.is_constant and right.is_constant:
         return constant(model)
-    if bare(model.type_).kind is drgn.TypeKind.POINTER:
+    if underlying_type(model.type_).kind is drgn.TypeKind.POINTER:
         return _moved_pointer(sign, model, left, right)
     scalar = scalar_of(model)
     if sign in ("<<", ">>"):
@@ -120,13 +120,17 @@ def _fits(value: Value, scalar: Scalar) -> bool:
 
 def _unify_pointers(first: Value, second: Value) -> drgn.Object | None:
     types = [each.model.type_ for each in (first, second)]
-    if any(bare(type_).kind is not drgn.TypeKind.POINTER for type_ in types):
+    if any(underlying_type(type_).kind is not drgn.TypeKind.POINTER for type_ in types):
         return None
     if types[0].type_name() == types[1].type_name():
         return first.model
-    if bare(bare(types[1]).type).kind is drgn.TypeKind.VOID:
+    if underlying_type(underlying_type(types[1]).type).kind is drgn.TypeKind.VOID:
         return first.model
-    return second.model if bare(bare(types[0]).type).kind is drgn.TypeKind.VOID else None
+    return (
+        second.model
+        if underlying_type(underlying_type(types[0]).type).kind is drgn.TypeKind.VOID
+        else None
+    )
 
 
 def _combined(
@@ -152,12 +156,12 @@ def _integer(value: Value) -> Value:
 
 
 def _is_pointer(value: Value) -> bool:
-    return bare(value.model.type_).kind in POINTERS
+    return underlying_type(value.model.type_).kind in POINTERS
 
 
 def _element_bytes(pointer: Value) -> int:
-    element = bare(pointer.model.type_).type
-    return 1 if bare(element).kind is drgn.TypeKind.VOID else drgn.sizeof(element)
+    element = underlying_type(pointer.model.type_).type
+    return 1 if underlying_type(element).kind is drgn.TypeKind.VOID else drgn.sizeof(element)
 
 
 def _moved_pointer(sign: str, model: drgn.Object, left: Value, right: Value) -> Value:

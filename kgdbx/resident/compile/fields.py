@@ -28,6 +28,7 @@ from kgdbx.probes.value import (
     KernelStack,
     decode_text,
     plain_value,
+    underlying_type,
 )
 from kgdbx.resident.compile.lower import Lowering
 from kgdbx.resident.compile.text import is_char_array, string_place
@@ -36,7 +37,6 @@ from kgdbx.resident.compile.values import (
     Place,
     Scalar,
     Value,
-    bare,
     scalar_of,
 )
 from kgdbx.resident.layout import FieldLayout
@@ -226,7 +226,7 @@ def _number_field(lower: Lowering, text: str, to: str, shape: _Shape) -> Recorde
 
 
 def _scalar(model: drgn.Object, scalar: Scalar, is_hex: bool, shape: _Shape) -> Recorded:
-    if is_hex or bare(model.type_).kind is drgn.TypeKind.POINTER:
+    if is_hex or underlying_type(model.type_).kind is drgn.TypeKind.POINTER:
         return Recorded(
             shape.number(scalar.size_bytes, "x"), lambda data: Hex(_number(data, scalar))
         )
@@ -248,9 +248,9 @@ def _store(lower: Lowering, value: Value, to: str) -> None:
 def _aggregate(place: Place, lower: Lowering, to: str, shape: _Shape) -> Recorded:
     program, type_ = lower.program, place.model.type_
     name = type_.type_name()
-    plain = bare(type_)
+    plain = underlying_type(type_)
     if plain.kind is drgn.TypeKind.ARRAY:
-        element = bare(plain.type).primitive
+        element = underlying_type(plain.type).primitive
         if element in _CHARS:
             return _text_array(place, lower, to, shape)
         if plain.length is None:
@@ -273,9 +273,9 @@ def _aggregate(place: Place, lower: Lowering, to: str, shape: _Shape) -> Recorde
 
 def _shows_memory(type_: drgn.Type) -> bool:
     # Whether drgn would follow pointers to char to show a value.
-    type_ = bare(type_)
+    type_ = underlying_type(type_)
     if type_.kind is drgn.TypeKind.POINTER:
-        target = bare(type_.type)
+        target = underlying_type(type_.type)
         return target.kind is drgn.TypeKind.INT and target.primitive in _CHARS
     if type_.kind is drgn.TypeKind.ARRAY:
         return _shows_memory(type_.type)
@@ -284,7 +284,7 @@ def _shows_memory(type_: drgn.Type) -> bool:
 
 def _text_array(place: Place, lower: Lowering, to: str, shape: _Shape) -> Recorded:
     # An array that holds the text itself.
-    length = bare(place.model.type_).length
+    length = underlying_type(place.model.type_).length
     if length is None or length > MAX_STRING_BYTES:
         lower.code.string(f"(char *)({to})", place, _STRING_BYTES)
         return Recorded(shape.text(_STRING_SLOT, MAX_STRING_BYTES), _cut_text)

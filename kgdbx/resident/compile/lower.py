@@ -13,6 +13,7 @@ import drgn
 
 from kgdbx.probes import expression as syntax
 from kgdbx.probes.operators import ARITHMETIC, COMPARISONS
+from kgdbx.probes.value import underlying_type
 from kgdbx.resident.compile.arithmetic import (
     arithmetic,
     compare,
@@ -28,7 +29,6 @@ from kgdbx.resident.compile.values import (
     NotResident,
     Place,
     Value,
-    bare,
     constant,
     convert,
     scalar_of,
@@ -137,7 +137,7 @@ class Lowering:
         found = self.operand(expr)
         if isinstance(found, Place) and found.is_copy:
             return found
-        if isinstance(found, Place) and bare(found.model.type_).kind not in (
+        if isinstance(found, Place) and underlying_type(found.model.type_).kind not in (
             drgn.TypeKind.INT,
             drgn.TypeKind.POINTER,
             drgn.TypeKind.ENUM,
@@ -235,7 +235,7 @@ class Lowering:
         if found.is_constant:
             return constant(model)
         scalar = scalar_of(model)
-        keep = bare(to).kind is drgn.TypeKind.POINTER
+        keep = underlying_type(to).kind is drgn.TypeKind.POINTER
         direct = found.direct_bytes if keep else 0
         return value_of(model, convert(found.text, scalar), direct_bytes=direct)
 
@@ -306,7 +306,7 @@ def _pointed(pointer: Value) -> Place:
 
 
 def _is_address(value: Value) -> bool:
-    return bare(value.model.type_).kind in (drgn.TypeKind.POINTER, drgn.TypeKind.ARRAY)
+    return underlying_type(value.model.type_).kind in (drgn.TypeKind.POINTER, drgn.TypeKind.ARRAY)
 
 
 def _known_place(found: Place) -> int | None:

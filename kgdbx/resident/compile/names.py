@@ -10,14 +10,13 @@ from kgdbx.errors import SymbolError
 from kgdbx.probes.arguments import argument_suppliers
 from kgdbx.probes.probe import Point
 from kgdbx.probes.scope import KernelScope
-from kgdbx.probes.value import AGGREGATES
+from kgdbx.probes.value import AGGREGATES, underlying_type
 from kgdbx.resident.compile.code import Code
 from kgdbx.resident.compile.values import (
     MODEL_ADDRESS,
     NotResident,
     Place,
     Value,
-    bare,
     constant,
     convert,
     place_of,
@@ -180,7 +179,7 @@ class Names:
         if symbol is None or not symbol.section or symbol.section.startswith((".init", ".exit")):
             return 0
         size = symbol.address + symbol.size_bytes - link
-        kind = bare(found.type_).kind
+        kind = underlying_type(found.type_).kind
         has_size = kind in _INTEGERS or (kind in AGGREGATES and found.type_.is_complete())
         if symbol.address == link and has_size:
             size = max(size, drgn.sizeof(found))  # an alias may have no size of its own
@@ -232,13 +231,13 @@ class Names:
                 raise NotResident("a parameter on the stack is too large to keep for the return")
             words = [f"*(const u64 *)(c->sp + {at})" for at in range(stack, stack + size, 8)]
         words = [self._entry_word(word) for word in words]
-        if len(words) == 1 and bare(type_).kind in _INTEGERS:
+        if len(words) == 1 and underlying_type(type_).kind in _INTEGERS:
             return self._scalar(type_, words[0])
         return self._copy(type_, words, code)
 
     def _return_value(self, code: Code) -> Value | Place:
         type_ = self._type.type if self._type is not None else self.program.type("unsigned long")
-        kind = bare(type_).kind
+        kind = underlying_type(type_).kind
         if kind is drgn.TypeKind.VOID:
             raise NotResident("the function returns nothing")
         if kind not in AGGREGATES:
@@ -260,7 +259,7 @@ class Names:
 
 
 def _parameters(type_: drgn.Type) -> dict[str, _Parameter]:
-    result = bare(type_.type)
+    result = underlying_type(type_.type)
     in_memory = result.kind in AGGREGATES and drgn.sizeof(result) > 16
     locations = locate_parameters(
         [_abi_parameter(p.type) for p in type_.parameters], returns_memory=in_memory
@@ -273,7 +272,7 @@ def _parameters(type_: drgn.Type) -> dict[str, _Parameter]:
 
 
 def _abi_parameter(type_: drgn.Type) -> Parameter:
-    type_ = bare(type_)
+    type_ = underlying_type(type_)
     if type_.kind is drgn.TypeKind.FLOAT:
         return Parameter(drgn.sizeof(type_), ParameterKind.FLOAT)
     if type_.kind in AGGREGATES:

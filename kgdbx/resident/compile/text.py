@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import drgn
 
 from kgdbx.probes.expression import AtSymbol, Dereference, Expr, Special, String, Ternary
-from kgdbx.probes.value import MAX_STRING_BYTES
+from kgdbx.probes.value import MAX_STRING_BYTES, underlying_type
 from kgdbx.resident.compile.code import peek
-from kgdbx.resident.compile.values import NotResident, Place, bare
+from kgdbx.resident.compile.values import NotResident, Place
 
 if TYPE_CHECKING:
     from kgdbx.resident.compile.lower import Lowering
@@ -42,7 +42,7 @@ def string_place(lower: "Lowering", expr: Expr) -> Place:
         return lower.memory(expr)
     found = lower.operand(expr)
     if isinstance(found, Place) and is_char_array(found):
-        if bare(bare(found.model.type_).type).primitive not in _CHARS:
+        if underlying_type(underlying_type(found.model.type_).type).primitive not in _CHARS:
             raise NotResident("an array of something else than char is no string")
         return found
     return lower.target(expr)
@@ -176,7 +176,7 @@ def _array_bytes(place: Place) -> int | None:
     # None for a string behind a pointer, and for an array whose end is not known.
     if not is_char_array(place):
         return None
-    length: int | None = bare(place.model.type_).length
+    length: int | None = underlying_type(place.model.type_).length
     return length
 
 

@@ -8,6 +8,7 @@ import drgn
 
 from kgdbx.errors import KgdbxError, ProbeError, SymbolError
 from kgdbx.probes.expression import Expr, format_expression
+from kgdbx.probes.value import underlying_type
 
 __all__ = (
     "MODEL_ADDRESS",
@@ -15,7 +16,6 @@ __all__ = (
     "Place",
     "Scalar",
     "Value",
-    "bare",
     "constant",
     "convert",
     "foreign_errors",
@@ -141,7 +141,7 @@ class Place:
     @property
     def kind(self) -> drgn.TypeKind:
         """Kind of its type, typedefs resolved."""
-        return bare(self.model.type_).kind
+        return underlying_type(self.model.type_).kind
 
     @property
     def address(self) -> str:
@@ -163,21 +163,14 @@ class Place:
         return self.direct.start <= at and at + size_bytes <= self.direct.stop
 
 
-def bare(type_: drgn.Type) -> drgn.Type:
-    """A type without its typedefs."""
-    while type_.kind is drgn.TypeKind.TYPEDEF:
-        type_ = type_.type
-    return type_
-
-
 def scalar_of(model: drgn.Object) -> Scalar:
     """Representation of an object.
 
     :raises NotResident: if it does not fit into a register
     """
-    type_ = bare(model.type_)
+    type_ = underlying_type(model.type_)
     if type_.kind is drgn.TypeKind.ENUM and type_.type is not None:
-        type_ = bare(type_.type)
+        type_ = underlying_type(type_.type)
     if type_.kind is drgn.TypeKind.POINTER:
         return Scalar(64, False)
     if type_.kind in (drgn.TypeKind.INT, drgn.TypeKind.BOOL):

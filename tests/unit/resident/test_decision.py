@@ -12,7 +12,7 @@ from kgdbx.resident.compile.link import CompileError, LinkError, Object, compile
 from kgdbx.resident.compile.stub import StubCall, site_stub
 from kgdbx.resident.compile.unit import Unit
 from kgdbx.resident.compile.user_code import compile_handler, entry_of
-from kgdbx.resident.verdict import parse_retval
+from kgdbx.resident.nullify import parse_retval
 
 NAMES = ("CURRENT", "CPU_NUMBER", "PREEMPT_COUNT", "TASK_PID", "TASK_COMM", "GUARD", "WINDOW")
 FACTS = KernelFacts(

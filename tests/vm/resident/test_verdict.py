@@ -353,6 +353,7 @@ def test_command_and_a_kill_in_the_middle(clone_of: Any, source: Callable[[str],
         assert line.startswith(f"Probe 1 (replace/{GETPGID})"), line
         process.send_signal(signal.SIGKILL)
     with attach_vm(vm.info) as session:
-        assert session.recovery is not None and session.recovery.patches == 1
+        # Those of the probes that follow the guest's ftrace may be among them.
+        assert session.recovery is not None and session.recovery.patches >= 1
         assert session.kernel.memory.read(start, size) == text
     assert vm.execute("caller 1 10").status == 0
