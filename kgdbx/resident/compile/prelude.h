@@ -212,20 +212,26 @@ static __always_inline void count_fault(const struct probe *p)
 /*
  * A handler that calls functions of the kernel must not be entered by a probe in one of them: the
  * hit is missed, as a hit inside a handler is with the kernel's own kprobes. The guard names the
- * task: one that an oops in a handler has killed keeps nobody else out.
+ * task: one that an oops in a handler has killed keeps nobody else out. The address alone would
+ * be the name of the next task there, too.
  */
+static __always_inline u64 guard_of(u64 task)
+{
+	return task ^ *(const u32 *)(task + TASK_PID) * 0x9e3779b97f4a7c15UL;
+}
+
 static __always_inline bool enter_handler(const struct probe *p)
 {
-	const u64 task = (u64)current_task();
+	const u64 guard = guard_of((u64)current_task());
 
 	gs_add32(PREEMPT_COUNT, 1);
 	barrier();
-	if (unlikely(GS(volatile u64, GUARD) == task)) {
+	if (unlikely(GS(volatile u64, GUARD) == guard)) {
 		count_missed(p);
 		gs_add32(PREEMPT_COUNT, -1);
 		return false;
 	}
-	GS(volatile u64, GUARD) = task;
+	GS(volatile u64, GUARD) = guard;
 	return true;
 }
 
