@@ -8,6 +8,7 @@ from kgdbx.leaks.blocks import NO_SCAN, Heap
 from kgdbx.leaks.kmemleak import kmemleak_nodes
 from kgdbx.leaks.layout import Layout, read_layout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U8, U64, BulkMemory, PhysicalMemory
+from kgdbx.leaks.module_init import dead_init_nodes
 from kgdbx.leaks.pages import PageKind, PageTable, find_page_blocks, read_pages
 from kgdbx.leaks.percpu import PercpuMemory, read_percpu
 from kgdbx.leaks.slab import ALLOCATED, Slabs, find_cache, mark_free_objects, read_slabs
@@ -47,6 +48,7 @@ def read_heap(kernel: Kernel, ram: PhysicalMemory) -> Heap:
         kernel, memory, layout, pages, slabs, areas, percpu, slab_first, flags, area_cache
     )
     heap.node_flags[kmemleak_nodes(heap)] |= NO_SCAN
+    heap.node_flags[dead_init_nodes(heap)] |= NO_SCAN
     heap.errors += [*pages.errors, *slabs.errors, *areas.errors, *percpu.errors]
     return heap
 

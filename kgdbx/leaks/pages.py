@@ -15,7 +15,7 @@ from kgdbx.leaks.layout import PageLayout
 from kgdbx.leaks.memory import I64, PAGE_BYTES, U64, BulkMemory
 from kgdbx.symbols.kernel import Kernel
 
-__all__ = ("PageKind", "PageTable", "find_page_blocks", "read_pages")
+__all__ = ("POISON_2", "PageKind", "PageTable", "find_page_blocks", "read_pages")
 
 _LARGEST_ORDER = 10
 _COSTLY_ORDER = 3  # PAGE_ALLOC_COSTLY_ORDER, include/linux/mmzone.h
@@ -25,7 +25,9 @@ _LARGEST_COMPOUND = 18
 _NODES = 1024
 _MOST_CPUS = 1 << 13  # the largest NR_CPUS, arch/x86/Kconfig
 # list_del(): include/linux/poison.h, with CONFIG_ILLEGAL_POINTER_VALUE of x86-64.
-_POISON_1, _POISON_2 = np.uint64(0xDEAD000000000100), np.uint64(0xDEAD000000000122)
+_POISON_1 = np.uint64(0xDEAD000000000100)
+POISON_2 = np.uint64(0xDEAD000000000122)
+"""What ``list_del()`` leaves of a link to the one before."""
 
 
 class PageKind(enum.IntEnum):
@@ -116,7 +118,7 @@ def find_page_blocks(table: PageTable, layout: PageLayout) -> None:
     counted = _half(memmap, layout.refcount) != 0
     tail = memmap[:, layout.compound_head // 8] & np.uint64(1) != 0
     word = layout.list // 8
-    taken = (memmap[:, word] == _POISON_1) & (memmap[:, word + 1] == _POISON_2)
+    taken = (memmap[:, word] == _POISON_1) & (memmap[:, word + 1] == POISON_2)
     compound = memmap[:, layout.flags // 8] & np.uint64(layout.head) != 0
     follows = np.concatenate([[False], pages[:-1]])
     starts = np.flatnonzero(pages & ~tail & counted & (taken | compound | ~follows))

@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kgdbx.attach import attach_vm, open_ram
+from kgdbx.leaks.heap import read_heap
+from kgdbx.leaks.module_init import dead_init_nodes
+from kgdbx.leaks.pages import POISON_2
 from kgdbx.leaks.scan import Scan, cache_usage
 from kgdbx.leaks.slab import ALLOCATED
 
@@ -13,6 +17,35 @@ from kgdbx.leaks.slab import ALLOCATED
 def allocated(scan: Scan) -> set[int]:
     nodes = np.flatnonzero(scan.heap.node_flags & ALLOCATED)
     return set(scan.heap.addresses(nodes).tolist())
+
+
+def scan_with_old_pointers(guest: Any, address: int) -> Scan:
+    """Have the memory of modules' init, which is not freed yet, point to an address."""
+    with attach_vm(guest.vm.info) as session, open_ram(guest.vm.info) as ram:
+        heap = read_heap(session.kernel, ram)
+        dead = dead_init_nodes(heap)
+        rows = np.flatnonzero(np.isin(heap.areas.start, heap.addresses(dead)))
+        assert len(rows) >= 2  # of two modules
+        listed = [region[:2] for module in session.kernel.modules for region in module.regions]
+        # What goes is in no list any more, and is not dead yet.
+        memory = session.kernel.memory
+        (module, *_) = session.kernel.modules
+        struct = session.kernel.program.type("struct module")
+        link = module.struct_address + struct.member("list").offset
+        following, before = memory.read(link, 8), memory.read(link + 8, 8)
+        memory.write(int.from_bytes(before, "little"), following)
+        memory.write(link + 8, int(POISON_2).to_bytes(8, "little"))
+        assert module not in tuple(session.kernel.modules)
+        same = read_heap(session.kernel, ram)
+        assert same.addresses(dead_init_nodes(same)).tolist() == heap.addresses(dead).tolist()
+        memory.write(link + 8, before)
+        memory.write(int.from_bytes(before, "little"), link.to_bytes(8, "little"))
+        for row in rows.tolist():
+            start = int(heap.areas.start[row])
+            assert not [r for r in listed if r[0] <= start < sum(r)]
+            (first, *_) = heap.areas.frame_pfns[heap.areas.frame_area == row].tolist()
+            ram.write(first * 4096, address.to_bytes(8, "little"))
+    return guest.scan()
 
 
 @pytest.mark.parametrize("kernel", ["6.1", "6.12"])
@@ -42,6 +75,8 @@ def test_all_that_was_lost_and_nothing_else(planted_in: Callable[[str], Any], ke
     assert sizes["pages"] == ("pages", 4 * 4096)
     assert sizes["vmalloc"] == ("vmalloc", 3 * 4096)
     assert sizes["percpu"] == ("percpu", 72)
+    again = scan_with_old_pointers(guest, next(a for a, kind in lost.items() if kind == "vmalloc"))
+    assert {lost[a] for a in set(lost) - {block.address for block in again.leaks}} == set()
     usage = {each.cache: each.objects for each in cache_usage(scan.heap)}
     earlier = {each.cache: each.objects for each in cache_usage(before.heap)}
     assert "planted_own" not in earlier
