@@ -20,6 +20,8 @@ __all__ = ("Runner",)
 _DRAIN_S = 0.25
 _SLICE_S = 0.01
 _HOLD_S = 10.0
+_FINISH_S = 0.002
+_FINISH_TRIES = 50
 
 
 class Runner:
@@ -72,7 +74,7 @@ class Runner:
                 stop_at_end(self._target, command, done),
             ):
                 try:
-                    stop = self._run(done, deadline, command)
+                    stop = self._run(done, deadline, command) or self._finish()
                 finally:
                     self._idle()
                 # Events of the guest's own making end a run without a stop that was one of them.
@@ -114,6 +116,19 @@ class Runner:
                 break
             if self._drains_at_stops:
                 self._idle()
+        return None
+
+    def _finish(self) -> Stop | None:
+        # A vCPU that was stopped while it wrote a record keeps back those that came after it, such
+        # as an interrupt's. Where the run has ended by itself a moment more makes no difference.
+        for _ in range(_FINISH_TRIES):
+            self._idle()
+            if self.limit_reached or self._kernel.panicked or not self._resident.engine.in_flight:
+                break
+            self._target.forget_stop_request()
+            stop = self._target.run(self._probes.on_stop, _FINISH_S)
+            if stop is not None:
+                return stop
         return None
 
     @property

@@ -153,6 +153,7 @@ class KgdbState:
         :param address: what the debug register holds
         """
         symbols = self.symbols
+        self._memory.forget()  # KGDB has just written there
         for slot in range(DEBUG_REGISTERS):
             base = symbols.slots + slot * symbols.slot_bytes
             enabled = self._memory.read(base, _SLOT_ENABLED_BYTES) != bytes(_SLOT_ENABLED_BYTES)

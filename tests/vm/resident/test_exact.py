@@ -167,6 +167,17 @@ def test_full_rings(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [e.ts_ns for e in events] == sorted(e.ts_ns for e in events)
 
 
+def test_no_run_ends_within_a_record(guest_of: GuestOf) -> None:
+    # What an interrupt recorded behind it would never be seen if that was the last run.
+    guest = guest_of(smp=4)
+    guest.session.define(f"p {CALL} $kstack", tier="resident")
+    flood = guest.vm.start("caller 4 100000000")
+    for turn in range(40):
+        assert guest.session.run(timeout_s=0.002 * (1 + turn % 5)) is None
+        assert not guest.session.resident.engine.in_flight
+    flood.discard()
+
+
 def test_both_tiers_have_one_clock(guest_of: GuestOf) -> None:
     guest = guest_of(smp=4)
     session = guest.session
