@@ -147,7 +147,9 @@ def test_journal_of_another_boot(clone_of: Callable[..., Vm]) -> None:
     lines = journal.read_text().splitlines()
     first: dict[str, Any] = json.loads(lines[0])
     with attach_vm(vm.info) as session:
-        assert session.recovery is not None and session.recovery.patches == 3  # two are where ftrace is followed
+        assert (
+            session.recovery is not None and session.recovery.patches == 3
+        )  # two are where ftrace is followed
         before = text_of(session)
     first["slide"] += 0x1000000
     journal.write_text("\n".join((json.dumps(first), *lines[1:], "")))
