@@ -121,9 +121,12 @@ class Runner:
     def _finish(self) -> Stop | None:
         # A vCPU that was stopped while it wrote a record keeps back those that came after it, such
         # as an interrupt's. Where the run has ended by itself a moment more makes no difference.
+        if self.limit_reached or not self._resident.engine.is_open or self._kernel.panicked:
+            return None
+        unfinished = self._resident.engine.begun()
         for _ in range(_FINISH_TRIES):
-            self._idle()
-            if self.limit_reached or self._kernel.panicked or not self._resident.engine.in_flight:
+            self._take(None)
+            if not unfinished():
                 break
             self._target.forget_stop_request()
             stop = self._target.run(self._probes.on_stop, _FINISH_S)

@@ -301,6 +301,13 @@ class Engine:
         """Whether a record was being written when its ring was drained last."""
         return any(stream.in_flight for stream in self._streams)
 
+    def begun(self) -> Callable[[], bool]:
+        """To be asked after a drain: whether any record that has been begun until now is not out of
+        its ring yet.
+        """
+        waiting = [stream.begun(self.host) for stream in self._streams]
+        return lambda: any(each() for each in waiting)
+
     def lost(self) -> int:
         """Records that were lost so far because a ring was full, or overwritten."""
         return sum(stream.lost(self.host) for stream in self._streams)

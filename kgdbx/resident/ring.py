@@ -8,7 +8,7 @@ newest records win, and what was overwritten is counted.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,6 +104,13 @@ class Stream:
     def in_flight(self) -> bool:
         """Whether the last drain met a record that was not whole yet."""
         return any(ring.in_flight for ring in self.rings)
+
+    def begun(self, host: HostView) -> Callable[[], bool]:
+        """To be asked after a drain: whether any record that has been begun until now is not out of
+        its ring yet.
+        """
+        heads = [(ring, host.read_u64(ring.position) & _POSITION_MASK) for ring in self.rings]
+        return lambda: any(ring.tail < head for ring, head in heads)
 
     def lost(self, host: HostView) -> int:
         """Records that found their ring full, or were overwritten unread; never silent."""

@@ -164,9 +164,12 @@ def test_what_is_not_whole_waits() -> None:
     place = first.reserve()
     assert place is not None
     first.record(3)
-    assert (values(memory, stream), stream.in_flight) == ([(0, 1)], True)
+    unfinished = stream.begun(cast(HostView, memory))
+    assert (values(memory, stream), stream.in_flight, unfinished()) == ([(0, 1)], True, True)
     first.commit(place, 2)
-    assert (values(memory, stream), stream.in_flight) == ([(0, 2), (0, 3)], False)
+    another = first.reserve()
+    assert (values(memory, stream), stream.in_flight) == ([(0, 2), (0, 3)], True)
+    assert another is not None and not unfinished()  # it was begun later
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

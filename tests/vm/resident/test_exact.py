@@ -130,7 +130,8 @@ def test_slots_of_the_dead_are_used_again(guest_of: GuestOf) -> None:
     (dead,) = guest.session.define("r4:dead do_exit")
     (entry,) = guest.session.define("p:dying do_exit")
     for _ in range(3):
-        guest.run("for n in 1 2 3 4 5 6 7 8; do true & done; wait; sleep 1.3")
+        guest.run("for n in 1 2 3 4 5 6 7 8; do true & done; wait")
+        guest.session.run(timeout_s=1.5)  # the dead are looked for
     assert dead.hits == 0
     assert dead.nmissed + 12 <= entry.hits  # without reuse only 4 would not be missed
     dead.unregister()
@@ -167,15 +168,22 @@ def test_full_rings(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [e.ts_ns for e in events] == sorted(e.ts_ns for e in events)
 
 
-def test_no_run_ends_within_a_record(guest_of: GuestOf) -> None:
-    # What an interrupt recorded behind it would never be seen if that was the last run.
+def test_runs_end_with_what_was_begun(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an interrupt has recorded behind a record under way would be lost with the last run.
     guest = guest_of(smp=4)
-    guest.session.define(f"p {CALL} $kstack", tier="resident")
-    flood = guest.vm.start("caller 4 100000000")
+    events = events_of(guest, "caller-")
+    engine = guest.session.resident.engine
+    (probe,) = guest.session.define(f"p {CALL} $kstack", tier="resident")
+    asked: list[Callable[[], bool]] = []
+    begun = engine.begun
+    monkeypatch.setattr(engine, "begun", lambda: asked.append(begun()) or asked[-1])
+    flood = guest.vm.start("caller 4 30011")
     for turn in range(40):
         assert guest.session.run(timeout_s=0.002 * (1 + turn % 5)) is None
-        assert not guest.session.resident.engine.in_flight
-    flood.discard()
+        assert not asked[-1]()
+    guest.session.run(command=flood, timeout_s=120)
+    assert flood.poll() == 0
+    assert len(events) + engine.lost() == probe.hits == 30011
 
 
 def test_both_tiers_have_one_clock(guest_of: GuestOf) -> None:
