@@ -126,8 +126,8 @@ class Runner:
         unfinished = self._resident.engine.begun()
         for _ in range(_FINISH_TRIES):
             self._take(None)
-            if not unfinished():
-                break
+            if self.limit_reached or not unfinished():
+                break  # of a number of events the last one has come: the kernel stands
             self._target.forget_stop_request()
             stop = self._target.run(self._probes.on_stop, _FINISH_S)
             if stop is not None:

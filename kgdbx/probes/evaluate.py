@@ -17,6 +17,7 @@ from kgdbx.probes.operators import ARITHMETIC, COMPARISONS, UNARY, pointer, with
 from kgdbx.probes.value import AGGREGATES, MAX_STRING_BYTES, decode_text, underlying_type
 
 __all__ = (
+    "EXPRESSION_ERRORS",
     "Scope",
     "compile_condition",
     "compile_memory",
@@ -35,7 +36,7 @@ _KERNEL_HALF = 1 << 63
 _MASK = (1 << 64) - 1
 _PAGE_BYTES = 4096
 _SIZELESS = (drgn.TypeKind.VOID, drgn.TypeKind.FUNCTION)
-_FOREIGN = (
+EXPRESSION_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -43,6 +44,7 @@ _FOREIGN = (
     ValueError,
     drgn.OutOfBoundsError,
 )
+"""What drgn and Python raise for an expression that means nothing."""
 
 
 class Scope(Protocol):
@@ -154,7 +156,7 @@ def guarded(expr: syntax.Expr, function: Callable[[Scope], _T]) -> Callable[[Sco
         except drgn.ObjectAbsentError as e:
             text = syntax.format_expression(expr)
             raise SymbolError(f"'{text}' is optimized out here", symbol=text) from e
-        except _FOREIGN as e:
+        except EXPRESSION_ERRORS as e:
             reason = e.args[0] if e.args else type(e).__name__
             raise ProbeError(f"cannot evaluate '{syntax.format_expression(expr)}': {reason}") from e
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import drgn
 
 from kgdbx.errors import KgdbxError, ProbeError, SymbolError
+from kgdbx.probes.evaluate import EXPRESSION_ERRORS
 from kgdbx.probes.expression import Expr, format_expression
 from kgdbx.probes.value import underlying_type
 
@@ -28,16 +29,7 @@ MODEL_ADDRESS = 1 << 40
 """Where the reference objects that stand for types lie; their memory is never read."""
 
 _MASK = (1 << 64) - 1
-_FOREIGN = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    drgn.FaultError,
-    drgn.ObjectAbsentError,
-    drgn.OutOfBoundsError,
-)
+_FOREIGN = (*EXPRESSION_ERRORS, drgn.FaultError, drgn.ObjectAbsentError)
 
 
 class NotResident(KgdbxError):
