@@ -46,7 +46,7 @@ def entry_cost(rounds: int) -> Iterator[Figure]:
 
 
 def _image() -> tuple[bytes, int]:
-    unit = Unit(_FACTS, {})
+    unit = Unit(_FACTS)
     stream = Stream(_SLOT_BYTES, _SLOTS, _SLOTS, False, _POSITION, _CONTROL)
     handler = unit.handler("p", _ONE_FIELD, stream)
     unit.add(site_stub(0, [StubCall(_PROBE, handler)], 16))

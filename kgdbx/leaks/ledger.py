@@ -152,11 +152,6 @@ class GuestLedger:
         self.source = self._source(kernel)
         self._seed = 1
 
-    @property
-    def capacity(self) -> int:
-        """Blocks that it can hold, if they spread well."""
-        return _BUCKET_KEYS << self._bits
-
     def body(self, allocator: Allocator) -> Body:
         """The code for a function that allocates, frees or changes a size."""
         each, count = int(allocator.count is not None), allocator.count or "1"

@@ -40,7 +40,7 @@ class Builder:
         :return: address of each site's stub, by the site's
         :raises ProbeError: if it cannot be compiled or placed
         """
-        unit = Unit(holding.facts, holding.handlers)
+        unit = Unit(holding.facts, holding.code.handlers, holding.code.numbers)
         if holding.clock is None:
             unit.add(SAMPLE_SOURCE)
         users = self._place_user_code(holding, new)
@@ -64,9 +64,10 @@ class Builder:
             room = len(site.displacement.original) + _TAIL_SLACK_BYTES
             unit.add(site_stub(numbers[address], calls, room))
         compiled = compile_unit(unit.text)
-        code = holding.take_code(self._caller, compiled.code_bytes)
+        place = holding.take_code(self._caller, compiled.code_bytes)
+        code = place.address
         linked = compiled.link(code, 0, holding.resolve)
-        holding.symbols.update(linked.symbols)
+        holding.code.add(place, linked.symbols, unit.new)
         text = bytearray(linked.code)
         for address, site in sites.items():
             tail = linked.symbols[f"tail_{numbers[address]}"]
@@ -74,11 +75,15 @@ class Builder:
             moved += jump(tail + len(moved), site.displacement.resume)
             text[tail - code : tail - code + len(moved)] = moved
         self._kernel.memory.write(code, bytes(text))
-        for program, place in users.items():
+        for program, (own_code, own_data) in users.items():
             tail = linked.symbols[f"tail_{numbers[program.displacement.address]}"]
-            own = {ORIGINAL: tail, STACK: holding.symbols.get(STACK)}
-            self._write_user_code(program, place, own)
+            own = {ORIGINAL: tail, STACK: linked.symbols.get(STACK)}
+            self._write_user_code(program, own_code, own_data, own)
         self._write_controls(linked, new)
+        for program in new:
+            program.units += (place, holding.code.unit_of(program.handler))
+        for site in sites.values():
+            site.unit = place
         return {at: linked.symbols[f"site_{number}"] for at, number in numbers.items()}
 
     def _place_user_code(
@@ -86,23 +91,25 @@ class Builder:
     ) -> dict[Program, tuple[int, int]]:
         places: dict[Program, tuple[int, int]] = {}
         for program, user in user_code(programs):
-            code = holding.take_code(self._caller, user.object.code_bytes)
-            data = holding.data.take(user.object.data_bytes)
-            places[program] = code, data
-            holding.symbols[_user_symbol(program)] = user.object.addresses(code, data)[user.entry]
+            unit = holding.take_code(self._caller, user.object.code_bytes)
+            program.units.append(unit)
+            data = holding.take_data(program, user.object.data_bytes)
+            places[program] = unit.address, data
+            entry = user.object.addresses(unit.address, data)[user.entry]
+            holding.code.add(unit, {_user_symbol(program): entry})
         return places
 
     def _write_user_code(
-        self, program: Program, place: tuple[int, int], own: Mapping[str, int | None]
+        self, program: Program, code: int, data: int, own: Mapping[str, int | None]
     ) -> None:
         assert program.decision is not None and program.decision.user is not None
         user = program.decision.user
         linked = user.object.link(
-            *place, lambda name: own[name] if name in own else user.resolve(name)
+            code, data, lambda name: own[name] if name in own else user.resolve(name)
         )
-        self._kernel.memory.write(place[0], linked.code)
+        self._kernel.memory.write(code, linked.code)
         if linked.data:
-            self._host.write(place[1], linked.data)
+            self._host.write(data, linked.data)
 
     def _write_controls(self, linked: Linked, programs: Sequence[Program]) -> None:
         for program in programs:

@@ -16,6 +16,7 @@ from kgdbx.resident.host import HostView
 from kgdbx.resident.journal import Journal
 from kgdbx.resident.jumps import Jumps
 from kgdbx.resident.place.displace import Displacement
+from kgdbx.resident.place.occupants import busy_addresses
 from kgdbx.resident.program import Counts, Program, Site
 from kgdbx.resident.quiescence import Quiescence
 from kgdbx.resident.returns import Returns
@@ -28,6 +29,7 @@ from kgdbx.target.ram import GuestRam
 __all__ = ("Engine",)
 
 _COUNTERS_BYTES = 32  # struct counters
+_RECLAIM_BYTES = 64 << 10
 
 
 class Engine:
@@ -178,6 +180,17 @@ class Engine:
 
     def _install(self, programs: Sequence[Program]) -> None:
         holding = self._hold()
+        self._reclaim(holding)
+        try:
+            self._place(holding, programs)
+        except BaseException:
+            holding.retire(programs)
+            raise
+        self.programs.update((program.id, program) for program in programs)
+        for listener in self.placed_listeners:
+            listener()
+
+    def _place(self, holding: Holding, programs: Sequence[Program]) -> None:
         holding.take_counters(self._caller, self.quiescence.run_on, len(programs))
         self._caller.run(holding.take_memory(programs, self.ring_bytes, self.overwrite))
         changed: dict[int, Site] = {}
@@ -195,9 +208,19 @@ class Engine:
             self._caller.run(holding.sample_clock())
         holding.link_returns((*self.programs.values(), *programs))
         self._jumps.write(holding.journal, changed, stubs)
-        self.programs.update((program.id, program) for program in programs)
-        for listener in self.placed_listeners:
-            listener()
+
+    def _reclaim(self, holding: Holding) -> None:
+        # What removed probes have left serves new ones, if nothing is inside of our code but calls
+        # that return probes wait for: they may be inside for as long as they like.
+        needed = {unit for program in self.programs.values() for unit in program.units}
+        needed |= self._jumps.units
+        if holding.unneeded_bytes(needed) < _RECLAIM_BYTES:
+            return
+        self.returns.withdraw(())
+        inside = busy_addresses(self.kernel, holding.code.heap.ranges, include_start=True)
+        if {each.address for each in inside} <= self.returns.stubs_waited_for:
+            self.returns.forget()
+            holding.reclaim(needed)
 
     @contextlib.contextmanager
     def removals(self) -> Iterator[None]:
@@ -236,6 +259,7 @@ class Engine:
         for program in gone:
             del self.programs[program.id]
         holding.link_returns(self.programs.values())
+        holding.retire(gone)
 
     def close(self) -> None:
         """Take everything out and give the guest its memory back.
@@ -252,7 +276,7 @@ class Engine:
         if self.kernel.panicked:
             self._let_go(holding)
             return
-        code = holding.code.ranges
+        code = holding.code.heap.ranges
         if not self.quiescence.wait_until_unused(code, lambda: self.returns.withdraw(())):
             holding.journal.leave()
             self._holding = None

@@ -10,11 +10,12 @@ from kgdbx.resident.clock import Clock, clock_from_sample
 from kgdbx.resident.compile.aggregate import MapShape
 from kgdbx.resident.compile.kernel_facts import KernelFacts
 from kgdbx.resident.guest_call import Call, GuestCaller, Script
+from kgdbx.resident.guest_code import GuestCode
 from kgdbx.resident.heap import Heap
 from kgdbx.resident.host import HostView
 from kgdbx.resident.journal import Journal
 from kgdbx.resident.memory import PAGE_BYTES, GuestMemory, Window, free_bytes
-from kgdbx.resident.program import Program, user_code
+from kgdbx.resident.program import CodeUnit, Program, user_code
 from kgdbx.resident.returns import NEXT_AT, SLOT_BYTES
 from kgdbx.resident.ring import Stream, make_stream, slot_size
 from kgdbx.resident.table import CONTROL_BYTES, Table, make_table
@@ -22,6 +23,7 @@ from kgdbx.symbols.kernel import Kernel
 
 __all__ = ("Holding", "take_hold")
 
+_PROBE_BYTES = 64  # struct probe
 _COUNTERS_BYTES = 32  # struct counters
 _COUNTERS_CHUNK_BYTES = 2048
 _RING_CONTROL_BYTES = 32  # struct ring
@@ -35,8 +37,8 @@ class Holding:
     :ivar per_cpu_offsets: ``__per_cpu_offset`` of each CPU
     :ivar streams: rings by the size of their slots
     :ivar tables: what hits are summed up in
-    :ivar symbols: addresses of our own code and data
-    :ivar handlers: numbers of the handlers that are there already
+    :ivar code: handlers and stubs
+    :ivar data: what they read
     """
 
     def __init__(
@@ -56,20 +58,19 @@ class Holding:
         self.journal = journal
         self.facts = facts
         self.per_cpu_offsets = per_cpu_offsets
-        self.code = Heap(memory, window)
+        self.code = GuestCode(Heap(memory, window))
         self.data = Heap(memory, window)
         self.streams: dict[int, Stream] = {}
         self.tables: dict[MapShape, Table] = {}
         self.bells: Bells | None = None
         self.clock: Clock | None = None
-        self.symbols: dict[str, int] = {}
-        self.handlers: dict[tuple[object, ...], int] = {}
         self._sample = 0
         self._counters: list[int] = []
+        self._retired: dict[Program, None] = {}
 
     def sample_clock(self) -> Script[None]:
         """Read the guest's clock beside its time stamp counter, by code of ours."""
-        yield Call(self.symbols["sample_clock"], (self._sample,))
+        yield Call(self.code.symbols["sample_clock"], (self._sample,))
         sample = self._kernel.memory.read(self._sample, 24)
         self.clock = clock_from_sample(self._kernel, sample)
 
@@ -99,7 +100,7 @@ class Holding:
         yield from self.data.room(need + len(sizes) * (controls + 64) + 128)
         if not self._sample:
             self._sample = self.data.take(64)
-            self.symbols["return_probes"] = self.data.take(64)
+            self.code.symbols["return_probes"] = self.data.take(64)
         for size in sorted(sizes):
             at = self.data.take(controls)
             share = max(PAGE_BYTES, free_bytes(self._kernel) // _RINGS_SHARE // cpus)
@@ -118,9 +119,9 @@ class Holding:
             self.bells = yield from make_bells(self.memory, cpus)
         self._note_new(known)
         for program in programs:
-            program.address = self.data.take(64)
+            program.address = self.take_data(program, _PROBE_BYTES)
             if program.kind == "r":
-                program.slots = self.data.take(program.maxactive * program.slot_bytes)
+                program.slots = self.take_data(program, program.maxactive * program.slot_bytes)
                 self.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
             program.counters = self._counters.pop()
             if program.body is not None and program.body.map is not None:
@@ -135,7 +136,7 @@ class Holding:
             if program.kind == "r" and program.body is not None:
                 self._host.write(program.address + NEXT_AT, following.to_bytes(8, "little"))
                 following = program.address
-        self._host.write(self.symbols["return_probes"], following.to_bytes(8, "little"))
+        self._host.write(self.code.symbols["return_probes"], following.to_bytes(8, "little"))
 
     def take_counters(self, caller: GuestCaller, run_on: Callable[[], None], count: int) -> None:
         """Have counters for as many programs.
@@ -158,14 +159,52 @@ class Holding:
             finally:
                 self._note_new(known)
 
-    def take_code(self, caller: GuestCaller, size_bytes: int) -> int:
-        """An address for code."""
-        if not self.code.fits(size_bytes):
+    def take_code(self, caller: GuestCaller, size_bytes: int) -> CodeUnit:
+        """A place for code."""
+        heap = self.code.heap
+        if not heap.fits(size_bytes):
             known = self._known
-            caller.run(self.code.room(size_bytes))
+            caller.run(heap.room(size_bytes))
             self._note_new(known)
-            self.journal.note(code=self.code.ranges[-1])
+            self.journal.note(code=heap.ranges[-1])
         return self.code.take(size_bytes)
+
+    def take_data(self, program: Program, size_bytes: int) -> int:
+        """An address of what a program's code reads; there is room."""
+        address = self.data.take(size_bytes)
+        program.data.append((address, size_bytes))
+        return address
+
+    def retire(self, programs: Iterable[Program]) -> None:
+        """Remember what probes leave that are gone, or were never placed."""
+        self._retired.update(dict.fromkeys(programs))
+
+    def unneeded_bytes(self, needed: Iterable[CodeUnit]) -> int:
+        """How much could be reclaimed.
+
+        :param needed: the code that is in use
+        """
+        code = sum(unit.size_bytes for unit in self.code.unneeded(needed))
+        return code + sum(size for program in self._retired for _, size in program.data)
+
+    def reclaim(self, needed: Iterable[CodeUnit]) -> None:
+        """Have what retired probes leave serve others; nothing in the guest is inside of it.
+
+        :param needed: the code that is in use
+        """
+        self.code.give_back(self.code.unneeded(needed))
+        slots = [program.slots for program in self._retired if program.slots]
+        if slots:
+            self.journal.note(no_slots=slots)
+        for program in self._retired:
+            for address, size_bytes in program.data:
+                self.data.give_back(address, size_bytes)
+            if program.counters:
+                for offset in self.per_cpu_offsets:
+                    at = (program.counters + offset) & (1 << 64) - 1
+                    self._host.write(at, bytes(_COUNTERS_BYTES))
+                self._counters.append(program.counters)
+        self._retired.clear()
 
     def take_block(self, caller: GuestCaller, size_bytes: int) -> int:
         """Address of zeroed pages in the direct map."""
@@ -176,7 +215,7 @@ class Holding:
 
     def resolve(self, name: str) -> int | None:
         """Address of a symbol of ours or of the kernel's."""
-        found = self.symbols.get(name)
+        found = self.code.symbols.get(name)
         return found if found is not None else self._kernel.object_address(name)
 
     def _more_counters(self, count: int) -> Script[None]:

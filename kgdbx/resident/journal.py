@@ -57,7 +57,9 @@ class Journal:
         self._write({"restored": address} for address in addresses)
 
     def note(self, **record: Any) -> None:
-        """Note memory that was taken: ``blocks``, ``percpu``, ``window``, ``code``, ``slots``."""
+        """Note memory that was taken: ``blocks``, ``percpu``, ``window``, ``code``, ``slots``; and
+        slots that are gone: ``no_slots``.
+        """
         self._write([record])
 
     def close(self) -> None:

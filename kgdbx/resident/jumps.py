@@ -6,7 +6,7 @@ from kgdbx.resident.build import jump
 from kgdbx.resident.journal import Journal, Patch
 from kgdbx.resident.place.displace import Displacement, displace
 from kgdbx.resident.place.displacement import FTRACE_NOP
-from kgdbx.resident.program import Site
+from kgdbx.resident.program import CodeUnit, Site
 from kgdbx.resident.quiescence import Quiescence
 from kgdbx.symbols.blacklist import Blacklist
 from kgdbx.symbols.kernel import Function, Kernel
@@ -43,6 +43,11 @@ class Jumps:
             self._blacklist = Blacklist(self._kernel)
         originals = {at: site.displacement.original for at, site in self._sites.items()}
         return displace(self._kernel, function, address, self._blacklist, originals)
+
+    @property
+    def units(self) -> set[CodeUnit]:
+        """The code that the places jump to."""
+        return {site.unit for site in self._sites.values() if site.unit is not None}
 
     def site(self, address: int) -> Site | None:
         """The place at an address, if it jumps to ours or is lifted."""

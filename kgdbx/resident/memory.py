@@ -155,7 +155,10 @@ class Window:
         """
         pages = block.size_bytes // PAGE_BYTES
         if self._used + pages > 512:
-            raise ProbeError(f"the {_WINDOW_BYTES >> 20} MiB for probes' code are full")
+            raise ProbeError(
+                f"the {_WINDOW_BYTES >> 20} MiB for probes' code are full; remove probes, or give "
+                "return probes a smaller maxactive"
+            )
         first = self._physical(block.address)
         entries = b"".join(
             (first + n * PAGE_BYTES | _PAGE_FLAGS).to_bytes(8, "little") for n in range(pages)

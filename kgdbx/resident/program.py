@@ -9,7 +9,18 @@ from kgdbx.resident.place.displace import Displacement
 from kgdbx.resident.ring import Stream
 from kgdbx.resident.table import Table
 
-__all__ = ("Counts", "Program", "Site", "user_code")
+__all__ = ("CodeUnit", "Counts", "Program", "Site", "user_code")
+
+
+@dataclass(frozen=True, eq=False)
+class CodeUnit:
+    """A piece of code in the guest that was written at once."""
+
+    address: int
+    size_bytes: int
+
+    def __contains__(self, address: int) -> bool:
+        return self.address <= address < self.address + self.size_bytes
 
 
 @dataclass(eq=False)
@@ -25,6 +36,8 @@ class Program:
     :ivar id: its number in the records
     :ivar at_entry: whether the place is a function's first instruction
     :ivar point: the address that was asked for, before what *displacement* takes
+    :ivar units: the code that it needs
+    :ivar data: what its code reads: guest-virtual ``(address, size_bytes)``
     """
 
     kind: str
@@ -42,6 +55,8 @@ class Program:
     table: Table | None = None
     at_entry: bool = True
     point: int = 0
+    units: list[CodeUnit] = field(default_factory=list)
+    data: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def keeps_all(self) -> bool:
@@ -72,11 +87,13 @@ class Site:
     """A place with its probes, in the order in which they are called.
 
     :ivar jump: what is written there
+    :ivar unit: where its stub is
     """
 
     displacement: Displacement
     programs: list[Program] = field(default_factory=list)
     jump: bytes = b""
+    unit: CodeUnit | None = None
 
 
 def user_code(programs: Iterable[Program]) -> Iterator[tuple[Program, UserCode]]:

@@ -163,3 +163,6 @@ def _take(found: _Journalled, record: dict[str, Any]) -> None:
     elif "slots" in record:
         address, count, size_bytes = map(int, record["slots"])
         found.slots.append((address, count, size_bytes))
+    elif "no_slots" in record:
+        gone = set(map(int, record["no_slots"]))
+        found.slots = [slots for slots in found.slots if slots[0] not in gone]

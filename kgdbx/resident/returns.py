@@ -159,8 +159,13 @@ class Returns:
                     true = without_gone(pending.ret_addr)
                     self._host.write(pending.slot + _RET_ADDR_AT, true.to_bytes(8, "little"))
 
+    @property
+    def stubs_waited_for(self) -> set[int]:
+        """What stands on stacks in place of return addresses, for the probes that are placed."""
+        return {p.stub for program in self._programs.values() for p in self.pending(program)}
+
     def forget(self) -> None:
-        """The guest has its memory back: no slots are left."""
+        """Nothing comes to the slots of those that were taken out: their memory is given back."""
         self._gone.clear()
 
 

@@ -1,6 +1,7 @@
 """One C unit: the prelude, the handlers of probes, and the stubs that functions jump to."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -20,11 +21,15 @@ class Unit:
 
     Handlers that do the same are written once: what differs is in their ``struct probe``.
 
-    :param handlers: those of earlier units; those of this one are added
+    :param handlers: those of earlier units
+    :param numbers: of those to come
+    :ivar new: those of this unit
     """
 
     facts: KernelFacts
-    handlers: dict[tuple[object, ...], int]
+    handlers: Mapping[tuple[object, ...], int] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    new: dict[tuple[object, ...], int] = field(default_factory=dict)
     _parts: list[str] = field(default_factory=list)
 
     def handler(self, kind: str, body: Body, to: Stream | Table) -> int:
@@ -36,7 +41,8 @@ class Unit:
         """
         key = (kind, body.condition, body.fill, body.saves, to, body.handlers, body.shared)
         shared = body.shared.replace("@STREAM@", to.arguments)
-        if key not in self.handlers and shared and shared not in self._parts:
+        is_known = key in self.handlers or key in self.new
+        if not is_known and shared and shared not in self._parts:
             self._parts.append(shared)
         return self._once(key, lambda number: handler_text(number, kind, body, to))
 
@@ -66,8 +72,8 @@ class Unit:
         return "\n".join((self.facts.defines, prelude, *self._parts))
 
     def _once(self, key: tuple[object, ...], text: Callable[[int], str]) -> int:
-        number = self.handlers.get(key)
+        number = self.handlers.get(key, self.new.get(key))
         if number is None:
-            number = self.handlers[key] = len(self.handlers)
+            number = self.new[key] = next(self.numbers)
             self._parts.append(text(number))
         return number

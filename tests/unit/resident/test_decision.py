@@ -22,7 +22,7 @@ CODE, DATA = 0xFFFFFFFFF0000000, 0xFFFFFFFFF0100000
 
 
 def unit_of(*decisions: Decision) -> tuple[Unit, list[int]]:
-    unit = Unit(FACTS, {})
+    unit = Unit(FACTS)
     return unit, [unit.decision(d, "user_1") for d in decisions]
 
 

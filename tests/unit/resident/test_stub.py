@@ -62,7 +62,7 @@ class Stubbed:
         assert libc.syscall(SYS_ARCH_PRCTL, ARCH_SET_GS, ctypes.c_void_p(address)) == 0
 
     def probe(self, *bodies: Body) -> None:
-        unit = Unit(FACTS, {})
+        unit = Unit(FACTS)
         stream = Stream(SLOT, SLOTS, CHUNK_SLOTS, False, POSITION, CONTROL)
         calls = [
             StubCall(PROBES + 64 * n, unit.handler("p", body, stream), None, body.filters_first)

@@ -72,6 +72,9 @@ def test_an_audit_fails_for_what_leaks_and_passes_for_what_does_not(
         "4 allocations, 0 possible leaks, 0 unallocated frees (watch, scan, dangling)"
         in done.stdout
     )
+    done = kgdbx("audit", *options, "--no-scan", "--command", command)
+    assert done.returncode == 0, done.stdout
+    assert "4 allocations, 0 possible leaks, 0 unallocated frees (watch)" in done.stdout
 
     # It stays, and keeps 32 of 70 blocks: the others nobody can free any more.
     command = "insmod /watch_cases.ko mode=same times=70"

@@ -98,6 +98,41 @@ def test_one_slot(guest_of: GuestOf) -> None:
     assert sum(e.probe == "kprobes/slept" for e in events) == slept.hits
 
 
+def test_memory_of_removed_probes_serves_new_ones(guest_of: GuestOf) -> None:
+    guest = guest_of(smp=4)
+    before = guest.text()
+    events = events_of(guest, "caller-")
+    (kept,) = guest.session.define("r64:kept __x64_sys_clock_nanosleep $retval")
+    command = guest.vm.start("caller 8 1009 20000")
+    guest.session.run(count=8, timeout_s=30)
+    hits = 0
+    taken = []
+    for turn in range(24):  # each leaves 190 KiB of 2 MiB
+        gone, entry = guest.session.define_many(
+            map(
+                parse_definition,
+                (
+                    "r2000:gone __x64_sys_clock_nanosleep $retval",
+                    f"p:entry __x64_sys_clock_nanosleep if {turn} < 99",
+                ),
+            )
+        )
+        guest.session.run(timeout_s=0.03)
+        taken.append(sum(size for _, size in guest.session.resident.engine.taken))
+        gone.unregister()
+        entry.unregister()
+        assert gone.nmissed == 0
+        hits += entry.hits
+    assert taken[-1] == taken[8]
+    guest.session.run(command=command, timeout_s=60)
+    assert command.wait(5).output.startswith("1009 ")
+    assert hits > 24
+    assert sum(e.probe == "kprobes/kept" for e in events) == kept.hits == 1009
+    assert kept.nmissed == 0
+    kept.unregister()
+    assert guest.text() == before
+
+
 def test_unregistered_while_tasks_sleep_inside(guest_of: GuestOf) -> None:
     guest = guest_of(smp=4)
     before = guest.text()
