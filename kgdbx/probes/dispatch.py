@@ -137,6 +137,6 @@ class Dispatcher:
 
     def _run_returns(self, site: Site, hit: Hit) -> None:
         for instance in self._returns.returning(hit.task.address, hit.regs.rsp):
-            if instance.rp.active:
+            if instance.entry.probe.active:
                 instance.entry.returned(hit, instance)
         self._sites.returned(site)

@@ -93,6 +93,11 @@ class Kretprobe(Probe):
         """What to attach at each of the :attr:`points`."""
         return self._attached
 
+    def uninstall(self) -> None:
+        """Forget the calls that have not returned yet."""
+        if self.manager is not None:
+            self.manager.returns.forget(self)
+
 
 def default_maxactive(kernel: Kernel) -> int:
     """``maxactive`` as register_kretprobe() in kernel/kprobes.c chooses it."""
@@ -148,6 +153,11 @@ class ReturnTable:
         """Free an instance whose return is of no interest; does nothing the second time."""
         if instance in instance.rp.active_instances:
             self._drop(instance)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call is in progress."""
+        return not self._pending
 
     def is_awaited(self, address: int) -> bool:
         """Whether a call in progress returns to an address."""
@@ -208,7 +218,10 @@ class ReturnTable:
 
 
 class EntryAttachment:
-    """A kretprobe at its function's entry; the manager inserts the site of the return."""
+    """A kretprobe at its function's entry; the manager inserts the site of the return.
+
+    :ivar probe: on whose account hits go
+    """
 
     def __init__(self, probe: Kretprobe, kernel: Kernel, point: Point) -> None:
         self.probe: Probe = probe
@@ -229,34 +242,33 @@ class EntryAttachment:
             self._return = bind_handler(probe.handler, names, f"the return of {what}")
 
     def before(self, hit: Hit) -> bool:
-        rp = self._rp
-        assert rp.manager is not None
+        probe = self.probe
+        assert probe.manager is not None
         stack_pointer = hit.regs.rsp
-        instance = KretprobeInstance(
-            rp, hit.kernel.memory.read_u64(stack_pointer), hit.task, stack_pointer, self
-        )
-        returns = rp.manager.returns
+        return_address = hit.kernel.memory.read_u64(stack_pointer)
+        instance = KretprobeInstance(self._rp, return_address, hit.task, stack_pointer, self)
+        returns = probe.manager.returns
         if not returns.add(instance):
-            rp.nmissed += 1
+            probe.nmissed += 1
             return False
         if self._entry is not None:
             self._instance = instance
-            if rp.call(self._entry, "entry_handler", hit):
+            if probe.call(self._entry, "entry_handler", hit):
                 returns.cancel(instance)
                 return False
-            if not rp.active:
+            if not probe.active:
                 return False  # the handler has unregistered or disabled its own probe
-        if not rp.manager.watch_return(instance):
+        if not probe.manager.watch_return(instance):
             returns.cancel(instance)
-            rp.nmissed += 1
+            probe.nmissed += 1
         return False
 
     def returned(self, hit: Hit, instance: KretprobeInstance) -> None:
         """Runs at the return address."""
-        self._rp.hits += 1
+        self.probe.hits += 1
         if self._return is not None:
             self._instance = instance
-            self._rp.call(self._return, "handler", hit)
+            self.probe.call(self._return, "handler", hit)
 
     def after(self, hit: Hit) -> None:
         """Nothing: the function has only begun."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from kgdbx.errors import KgdbxError, ProbeError, TargetError, TargetLost
 from kgdbx.probes.dispatch import Dispatcher
-from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance, ReturnTable
+from kgdbx.probes.kretprobe import KretprobeInstance, ReturnTable
 from kgdbx.probes.module_events import ModuleEvents
 from kgdbx.probes.probe import HandlerFault, Probe, State
 from kgdbx.probes.promotion import Promotion
@@ -221,8 +221,6 @@ class ProbeManager:
             self._watches.withdraw(probe)
             return
         probe.uninstall()
-        if isinstance(probe, Kretprobe):
-            self.returns.forget(probe)
         self._sites.detach(probe)
 
     # Modules

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from kgdbx.errors import ProbeError
-from kgdbx.probes.kretprobe import Kretprobe, KretprobeInstance, ReturnTable
+from kgdbx.probes.kretprobe import KretprobeInstance, ReturnTable
 from kgdbx.probes.probe import Probe
 from kgdbx.probes.site import Site
 from kgdbx.symbols.kernel import Kernel
@@ -54,7 +54,7 @@ class Sites:
         """Take a probe's attachments from all sites, and give up returns that nobody awaits."""
         for site in self:
             site.attachments = [a for a in site.attachments if a.probe is not probe]
-            if isinstance(probe, Kretprobe) and not self._returns.is_awaited(site.address):
+            if site.watches_returns and not self._returns.is_awaited(site.address):
                 self._ignore_return(site)
             self._retire_if_unused(site)
 
@@ -88,7 +88,7 @@ class Sites:
             site.insert()
         except ProbeError as e:
             self._retire_if_unused(site)
-            instance.rp.record_fault("return", e)
+            instance.entry.probe.record_fault("return", e)
             return False
         site.watches_returns = True
         self._idle_returns.pop(site.address, None)

@@ -138,6 +138,8 @@ class ResidentProbe(Probe):
 
     def uninstall(self) -> None:
         """Take it out of the guest; what it counted stays."""
+        if self._stopping is not None:
+            self._stopping.uninstall()
         programs, self._programs = self._programs, []
         counted = [self._engine.counts(p) for p in programs if p.id in self._engine.programs]
         self._engine.uninstall(programs)

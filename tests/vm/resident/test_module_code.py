@@ -58,14 +58,21 @@ def test_what_cannot_be_compiled_for_a_module_stops_there(guest_of: GuestOf) -> 
     events: list[Event] = []
     guest.session.event_listeners.append(events.append)
     text = "dev->flags ? dev->name : dev->name"  # no single value for code in the guest
-    probe = guest.session.define(f"p:dev dummy:dummy_dev_init name=({text}) mtu=dev->mtu")[0]
+    called, returned = (
+        guest.session.define(f"{kind} dummy:dummy_dev_init name=({text}) mtu=dev->mtu")[0]
+        for kind in ("p:dev", "r:ret")
+    )
     for turn in (1, 2):
         guest.run("modprobe dummy numdummies=3")
-        assert not probe.faults, probe.faults[0].trace
-        assert probe.hits == len(events) == 3 * turn
-        assert probe.tier_reason.startswith("stops at 1 of 1 places: dummy:dummy_dev_init")
+        for probe in (called, returned):
+            assert not probe.faults, probe.faults[0].trace
+            assert (probe.hits, probe.nmissed) == (3 * turn, 0)
+            assert probe.tier_reason.startswith("stops at 1 of 1 places: dummy:dummy_dev_init")
         guest.run("rmmod dummy")
-    assert {event.fields["name"] for event in events} == {"dummy0", "dummy1", "dummy2"}
+    shown = [(event.probe, event.fields["name"]) for event in events]
+    each = [(name, f"dummy{n}") for n in range(3) for name in ("kprobes/dev", "kprobes/ret")]
+    assert shown == 2 * each
+    assert guest.session.probes.returns.is_empty
 
 
 def test_records_outlive_a_panic(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
