@@ -17,6 +17,8 @@
 #include <unistd.h>
 #include <x86intrin.h>
 
+#define SLICES 64
+
 static char percpu[8192] __attribute__((aligned(4096)));
 
 static double now_ns(clockid_t clock)
@@ -58,7 +60,7 @@ static void *fixed(unsigned long at, unsigned long bytes)
 int main(int argc, char **argv)
 {
 	unsigned long code, data, site, position, slots, calls;
-	double ns, cycles, bare_ns, bare_cycles;
+	double ns, cycles, best_ns[2], best_cycles[2];
 	char *text;
 	int fd;
 
@@ -85,13 +87,19 @@ int main(int argc, char **argv)
 	text[0x10100] = 0xe9;
 	*(int *)(text + 0x10101) = (int)(site - (code + 0x10105));
 	text[0x10105] = 0xc3;
-	loop((void (*)(long))(code + 0x10100), (unsigned long *)(percpu + position), slots, calls / 4,
-	     &ns, &cycles);
-	loop((void (*)(long))(code + 0x10100), (unsigned long *)(percpu + position), slots, calls,
-	     &ns, &cycles);
-	loop((void (*)(long))(code + 0x10000), (unsigned long *)(percpu + position), slots, calls,
-	     &bare_ns, &bare_cycles);
-	printf("%f %f %ld\n", ns - bare_ns, cycles - bare_cycles,
+	/* In turn, and the best of many: what else the machine does only ever adds. */
+	for (int n = 0; n < SLICES; n++)
+		for (int probed = 0; probed < 2; probed++) {
+			loop((void (*)(long))(code + 0x10000 + 0x100 * probed),
+			     (unsigned long *)(percpu + position), slots, calls / SLICES, &ns,
+			     &cycles);
+			if (!n || ns < best_ns[probed]) {
+				best_ns[probed] = ns;
+				best_cycles[probed] = cycles;
+			}
+		}
+	printf("%f %f %ld\n", best_ns[1] - best_ns[0],
+	       best_cycles[1] - best_cycles[0],
 	       *(long *)(percpu + position));
 	return 0;
 }
