@@ -1,7 +1,11 @@
 """The leak scan: beside drgn's slab helpers, and how long it takes on small and large guests."""
 
+import contextlib
+import re
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from drgn.helpers.linux.slab import for_each_slab_cache, slab_cache_for_each_allocated_object
 
@@ -18,6 +22,7 @@ __all__ = ("measure", "measure_enumeration", "measure_scan")
 
 _OBJECTS = 2_000_000
 _MODULE_S = 300.0
+_SAMPLE_S = 0.005
 
 
 def measure(rounds: int) -> Iterator[Figure]:
@@ -27,8 +32,8 @@ def measure(rounds: int) -> Iterator[Figure]:
     """
     yield from measure_enumeration("6.1", 1, rounds)
     yield from measure_enumeration("6.12", 4, rounds, ".6.12.4cpus")
-    yield from measure_scan("leaks.scan_512m_s", 512 << 20, 0, rounds)
-    yield from measure_scan("leaks.scan_4g_s", 4 << 30, _OBJECTS, rounds)
+    yield from measure_scan("leaks.scan_512m", 512 << 20, 0, rounds)
+    yield from measure_scan("leaks.scan_4g", 4 << 30, _OBJECTS, rounds)
 
 
 def measure_enumeration(name: str, smp: int, rounds: int, suffix: str = "") -> Iterator[Figure]:
@@ -69,7 +74,8 @@ def measure_enumeration(name: str, smp: int, rounds: int, suffix: str = "") -> I
 
 
 def measure_scan(name: str, memory_bytes: int, objects: int, rounds: int) -> Iterator[Figure]:
-    """A whole scan of a guest that stands.
+    """A whole scan of a guest that stands: seconds, and the most memory that the process had of
+    its own, which the guest's RAM is not.
 
     :param objects: how many live objects a module makes first
     """
@@ -82,16 +88,46 @@ def measure_scan(name: str, memory_bytes: int, objects: int, rounds: int) -> Ite
             assert session.ram is not None
             registers = [session.target.read_registers(cpu) for cpu in session.target.cpus()]
             times = []
+            peaks: list[float] = []
             for turn in range(rounds + 1):
                 started = time.perf_counter()
                 scan = scan_heap(session.kernel, session.ram, registers)
                 if turn:  # the first one reads debug information and compiles
                     times.append(time.perf_counter() - started)
+                with _peak_memory(peaks):
+                    scan = scan_heap(session.kernel, session.ram, registers)
             if scan.heap.nnodes < objects:
                 raise MachineError(f"the scan saw {scan.heap.nnodes} objects of {objects}")
             if scan.errors:
                 raise MachineError(f"the scan is not whole: {scan.errors[0]}")
-    yield figure(name, times, "s")
+    yield figure(f"{name}_s", times, "s")
+    yield figure(f"{name}_mib", peaks, "MiB")
+
+
+@contextlib.contextmanager
+def _peak_memory(peaks: list[float]) -> Iterator[None]:
+    # Adds the most that the process had meanwhile, in MiB.
+    samples = [_own_mib()]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_SAMPLE_S):
+            samples.append(_own_mib())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        peaks.append(max(samples))
+
+
+def _own_mib() -> float:
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None, "proc(5)"
+    return int(found[1]) / 1024
 
 
 def _load(vm: Vm, objects: int) -> None:
