@@ -1,7 +1,8 @@
 """What watching a module costs the module: file systems that are kept busy, watched and not.
 
-Time is the guest's own, of the same work without the watch and with it: each round is unwatched,
-watched, watched, unwatched, so that a machine that becomes slower meanwhile does not count.
+Time is the guest's own, of the same work with the watch, and in a guest that nobody is attached to.
+Each round is unwatched, watched, watched, unwatched: a machine that becomes slower meanwhile does
+not count.
 """
 
 import dataclasses
@@ -90,13 +91,13 @@ def _measure(load: _Load, rounds: int) -> Iterator[Figure]:
         if done.status:
             raise MachineError(f"the guest cannot do the work: {done.output}")
         for _ in range(rounds):
+            first = _alone(vm, load)
             with attach_vm(vm.info) as session:
-                first = _work(vm, session, load)
                 watch = place_watch(session.kernel, session.resident, session.probes, load.modules)
                 watched.append(_work(vm, session, load) + _work(vm, session, load))
                 report = watch.report()
                 watch.stop()
-                plain.append(first + _work(vm, session, load))
+            plain.append(first + _alone(vm, load))
             # That it was there before is told; nothing else may be.
             count = report.totals[0]
             if count < 2 * load.least_blocks or len(report.notes) != 1:
@@ -108,6 +109,13 @@ def _measure(load: _Load, rounds: int) -> Iterator[Figure]:
 
 def _command(load: _Load) -> str:
     return f"{load.program} /m {_THREADS} {load.rounds}"
+
+
+def _alone(vm: Vm, load: _Load) -> float:
+    done = vm.execute(_command(load), timeout_s=_GUEST_S)
+    if done.status:
+        raise MachineError(f"the guest's work failed: {done.output}")
+    return int(done.output) / 1e9
 
 
 def _work(vm: Vm, session: Session, load: _Load) -> float:
