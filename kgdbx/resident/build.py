@@ -75,10 +75,10 @@ class Builder:
             moved += jump(tail + len(moved), site.displacement.resume)
             text[tail - code : tail - code + len(moved)] = moved
         self._kernel.memory.write(code, bytes(text))
-        for program, (own_code, own_data) in users.items():
+        for program, own_code in users.items():
             tail = linked.symbols[f"tail_{numbers[program.displacement.address]}"]
             own = {ORIGINAL: tail, STACK: linked.symbols.get(STACK)}
-            self._write_user_code(program, own_code, own_data, own)
+            self._write_user_code(program, own_code, own)
         self._write_controls(linked, new)
         for program in new:
             program.units += (place, holding.code.unit_of(program.handler))
@@ -86,30 +86,27 @@ class Builder:
             site.unit = place
         return {at: linked.symbols[f"site_{number}"] for at, number in numbers.items()}
 
-    def _place_user_code(
-        self, holding: Holding, programs: Sequence[Program]
-    ) -> dict[Program, tuple[int, int]]:
-        places: dict[Program, tuple[int, int]] = {}
+    def _place_user_code(self, holding: Holding, programs: Sequence[Program]) -> dict[Program, int]:
+        places: dict[Program, int] = {}
         for program, user in user_code(programs):
             unit = holding.take_code(self._caller, user.object.code_bytes)
             program.units.append(unit)
-            data = holding.take_data(program, user.object.data_bytes)
-            places[program] = unit.address, data
-            entry = user.object.addresses(unit.address, data)[user.entry]
+            places[program] = unit.address
+            entry = user.object.addresses(unit.address, program.user_data)[user.entry]
             holding.code.add(unit, {_user_symbol(program): entry})
         return places
 
-    def _write_user_code(
-        self, program: Program, code: int, data: int, own: Mapping[str, int | None]
-    ) -> None:
+    def _write_user_code(self, program: Program, code: int, own: Mapping[str, int | None]) -> None:
         assert program.decision is not None and program.decision.user is not None
         user = program.decision.user
         linked = user.object.link(
-            code, data, lambda name: own[name] if name in own else user.resolve(name)
+            code,
+            program.user_data,
+            lambda name: own[name] if name in own else user.resolve(name),
         )
         self._kernel.memory.write(code, linked.code)
         if linked.data:
-            self._host.write(data, linked.data)
+            self._host.write(program.user_data, linked.data)
 
     def _write_controls(self, linked: Linked, programs: Sequence[Program]) -> None:
         for program in programs:

@@ -4,7 +4,7 @@ import bisect
 
 from kgdbx.errors import ProbeError
 from kgdbx.resident.guest_call import Script
-from kgdbx.resident.memory import PAGE_BYTES, GuestMemory, Window
+from kgdbx.resident.memory import MAX_BLOCK_BYTES, PAGE_BYTES, GuestMemory, Window
 
 __all__ = ("Heap",)
 
@@ -22,21 +22,25 @@ class Heap:
         self._free: list[tuple[int, int]] = []  # by address
 
     def fits(self, size_bytes: int) -> bool:
-        """Whether as much can be handed out, at once or piece by piece."""
+        """Whether as much can be handed out."""
         return any(end - start >= _whole(size_bytes) for start, end in self._free)
 
     def room(self, size_bytes: int) -> Script[None]:
         """Make sure that as much can be handed out.
 
-        :param size_bytes: of several pieces, the sum of their sizes, each a multiple of 64
         :raises ProbeError: if the guest has no memory left, or the window is full
         """
+        if size_bytes > MAX_BLOCK_BYTES:
+            raise ProbeError(
+                f"{size_bytes >> 10} KiB for probes are more than the guest gives in one piece; "
+                "place fewer at once, or give return probes a smaller maxactive"
+            )
         if not self.fits(size_bytes):
             wanted = max(_CHUNK_BYTES, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES)
             size = 1 << (wanted - 1).bit_length()
             block = yield from self._memory.pages(size, wanted)
             try:
-                start = self._window.map(block)
+                start = yield from self._window.map(block)
             except ProbeError:
                 yield from self._memory.give_back([block], [])
                 raise
@@ -57,6 +61,14 @@ class Heap:
                 self._free[n : n + 1] = [rest] if rest[0] < end else []
                 return start
         raise AssertionError("no room was made")
+
+    def place(self, size_bytes: int) -> Script[int]:
+        """Make room, and take it.
+
+        :raises ProbeError: as :meth:`room` does
+        """
+        yield from self.room(size_bytes)
+        return self.take(size_bytes)
 
     def give_back(self, address: int, size_bytes: int) -> None:
         """Take back what nothing in the guest uses any more."""

@@ -84,6 +84,22 @@ class Holding:
         :param overwrite: the newest records win when the host does not keep up
         """
         known = self._known
+        try:
+            yield from self._take_memory(programs, ring_bytes, overwrite)
+        finally:
+            self._note_new(known)
+        for program in programs:
+            if program.kind == "r":
+                self.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
+            program.counters = self._counters.pop()
+            if program.body is not None and program.body.map is not None:
+                program.table = self.tables[program.body.map]
+            elif program.body is not None:
+                program.stream = self.streams[slot_size(program.body.record_bytes)]
+
+    def _take_memory(
+        self, programs: Sequence[Program], ring_bytes: int, overwrite: bool
+    ) -> Script[None]:
         cpus = len(self.per_cpu_offsets)
         for program in programs:
             if program.kind == "r" and program.body is not None:
@@ -94,15 +110,11 @@ class Holding:
         sizes -= set(self.streams)
         maps = dict.fromkeys(body.map for body in bodies if body.map is not None)
         new_maps = [shape for shape in maps if shape not in self.tables]
-        need = sum(64 + -(-p.maxactive * p.slot_bytes // 64) * 64 for p in programs)
-        need += sum(64 + code.object.data_bytes for _, code in user_code(programs))
-        need += len(new_maps) * (CONTROL_BYTES * cpus + 64)
-        yield from self.data.room(need + len(sizes) * (controls + 64) + 128)
         if not self._sample:
-            self._sample = self.data.take(64)
-            self.code.symbols["return_probes"] = self.data.take(64)
+            self._sample = yield from self.data.place(64)
+            self.code.symbols["return_probes"] = yield from self.data.place(64)
         for size in sorted(sizes):
-            at = self.data.take(controls)
+            at = yield from self.data.place(controls)
             share = max(PAGE_BYTES, free_bytes(self._kernel) // _RINGS_SHARE // cpus)
             each = min(ring_bytes, 1 << share.bit_length() - 1)
             stream = yield from make_stream(
@@ -111,23 +123,19 @@ class Holding:
             stream.start(self._host)
             self.streams[size] = stream
         for shape in new_maps:
-            at = self.data.take(CONTROL_BYTES * cpus)
+            at = yield from self.data.place(CONTROL_BYTES * cpus)
             table = yield from make_table(self.memory, at, cpus, shape)
             table.start(self._host)
             self.tables[shape] = table
         if self.bells is None and any(program.kind == "bell" for program in programs):
             self.bells = yield from make_bells(self.memory, cpus)
-        self._note_new(known)
         for program in programs:
-            program.address = self.take_data(program, _PROBE_BYTES)
+            program.address = yield from self._take_data(program, _PROBE_BYTES)
             if program.kind == "r":
-                program.slots = self.take_data(program, program.maxactive * program.slot_bytes)
-                self.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
-            program.counters = self._counters.pop()
-            if program.body is not None and program.body.map is not None:
-                program.table = self.tables[program.body.map]
-            elif program.body is not None:
-                program.stream = self.streams[slot_size(program.body.record_bytes)]
+                size = program.maxactive * program.slot_bytes
+                program.slots = yield from self._take_data(program, size)
+        for program, code in user_code(programs):
+            program.user_data = yield from self._take_data(program, code.object.data_bytes)
 
     def link_returns(self, programs: Iterable[Program]) -> None:
         """Have the guest find the calls that return probes wait for."""
@@ -169,9 +177,8 @@ class Holding:
             self.journal.note(code=heap.ranges[-1])
         return self.code.take(size_bytes)
 
-    def take_data(self, program: Program, size_bytes: int) -> int:
-        """An address of what a program's code reads; there is room."""
-        address = self.data.take(size_bytes)
+    def _take_data(self, program: Program, size_bytes: int) -> Script[int]:
+        address = yield from self.data.place(size_bytes)
         program.data.append((address, size_bytes))
         return address
 
@@ -238,20 +245,16 @@ class Holding:
 def take_hold(
     kernel: Kernel, host: HostView, make_journal: Callable[[], Journal]
 ) -> Script[Holding]:
-    """Take the first memory and open the window.
+    """Take the first memory, and find room for the window.
 
     :param make_journal: makes the journal, before anything is changed
     """
     journal = make_journal()
     memory = GuestMemory(kernel)
     try:
-        table = yield from memory.pages(4096)
         guard = yield from memory.per_cpu(64)
-        journal.note(blocks=[(b.address, b.size_bytes) for b in memory.blocks])
         journal.note(percpu=memory.percpu)
-        window = Window(kernel, table)
-        journal.note(window=(*window.entry, window.start, window.end))
-        window.open()
+        window = Window(kernel, memory, journal.note)
     except BaseException:
         journal.close()
         raise

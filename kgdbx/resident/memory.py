@@ -1,13 +1,15 @@
 """Memory of the guest that is ours: taken from its own allocator, mapped where code may run.
 
 Pages come from ``alloc_pages_exact()`` and have an address in the direct map, where the kernel lets
-nothing be executed. So they are mapped a second time, through a page table of ours, in a window
-of 2 MiB near the end of the module area: within reach of a ``rel32`` jump from the kernel's text
-and its modules, KASLR or not. One entry of ``level2_fixmap_pgt``, which every process shares,
-leads there. The entry was not present, and such entries are not cached: nothing needs flushing.
+nothing be executed. So they are mapped a second time, through page tables of ours, in a window
+of 16 MiB near the end of the module area: within reach of a ``rel32`` jump from the kernel's text
+and its modules, KASLR or not. Entries of ``level2_fixmap_pgt``, which every process shares, lead
+there, one for each 2 MiB as they are needed. They were not present, and such entries are not
+cached: nothing needs flushing.
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kgdbx.errors import ProbeError
@@ -27,11 +29,13 @@ MAX_BLOCK_BYTES = 4 << 20
 """Most that the guest's page allocator gives in one piece: MAX_ORDER, include/linux/mmzone.h."""
 
 PAGE_BYTES = 4096
-_WINDOW_BYTES = 2 << 20
+_TABLE_BYTES = 2 << 20  # what one page table maps
+_TABLE_PAGES = _TABLE_BYTES // PAGE_BYTES
+_MOST_TABLES = 8
 _TOP_GIB = 0xFFFFFFFFC0000000  # what level2_fixmap_pgt maps, arch/x86/kernel/head_64.S
 # Above the places where modules are loaded, which are taken from the bottom, and below the
 # fixmap: MODULES_END is index 504 (Documentation/arch/x86/x86_64/mm.rst).
-_WINDOW_INDEXES = range(499, 435, -1)
+_WINDOW_INDEXES = range(500 - _MOST_TABLES, 435, -1)
 _TABLE_FLAGS = 0x063  # present, writable, accessed, dirty: arch/x86/include/asm/pgtable_types.h
 _PAGE_FLAGS = 0x063  # the same and executable; not global, so that it can be flushed
 # GFP_ATOMIC | __GFP_NOWARN | __GFP_ZERO, include/linux/gfp_types.h; the same numbers in 5.10-6.12
@@ -114,64 +118,73 @@ class GuestMemory:
 
 
 class Window:
-    """The 2 MiB of virtual addresses where our pages can be executed.
+    """The virtual addresses where our pages can be executed.
 
-    :param table: one page for the page table
-    :raises ProbeError: if no entry is free
+    :param note: is told of each entry that leads there, before it is written
+    :raises ProbeError: if there is no room
     """
 
-    def __init__(self, kernel: Kernel, table: Block) -> None:
+    def __init__(self, kernel: Kernel, memory: GuestMemory, note: Callable[..., None]) -> None:
         self._kernel = kernel
-        self._table = table
+        self._memory = memory
+        self._note = note
         self._directory = kernel.address("level2_fixmap_pgt")
         entries = struct.unpack("<512Q", kernel.memory.read(self._directory, PAGE_BYTES))
-        self._index = next((n for n in _WINDOW_INDEXES if not entries[n]), -1)
-        if self._index < 0:
-            raise ProbeError("no page-directory entry is free near the end of the module area")
-        self.start = _TOP_GIB + self._index * _WINDOW_BYTES
+        self._first = next((n for n in _WINDOW_INDEXES if not any(entries[n:][:_MOST_TABLES])), -1)
+        if self._first < 0:
+            raise ProbeError("no page-directory entries are free near the end of the module area")
+        self.start = _TOP_GIB + self._first * _TABLE_BYTES
+        self._tables: list[Block] = []
         self._used = 0
 
     @property
     def end(self) -> int:
         """First address behind the window."""
-        return self.start + _WINDOW_BYTES
+        return self.start + _MOST_TABLES * _TABLE_BYTES
 
-    @property
-    def entry(self) -> tuple[int, int]:
-        """Address and value of the page-directory entry."""
-        value = self._physical(self._table.address) | _TABLE_FLAGS
-        return self._directory + 8 * self._index, value
+    def map(self, block: Block) -> Script[int]:
+        """Map a block; its address in the window, which every vCPU sees.
 
-    def open(self) -> None:
-        """Make the window visible to every vCPU. What was cached of an earlier one is dropped."""
-        address, value = self.entry
-        self._kernel.memory.write(address, value.to_bytes(8, "little"))
-        self._kernel.target.flush_translations()
-
-    def map(self, block: Block) -> int:
-        """Map a block; its address in the window.
-
-        :raises ProbeError: if the window is full
+        :raises ProbeError: if the window is full, or the guest has no memory for a page table
         """
         pages = block.size_bytes // PAGE_BYTES
-        if self._used + pages > 512:
+        if self._used + pages > _MOST_TABLES * _TABLE_PAGES:
             raise ProbeError(
-                f"the {_WINDOW_BYTES >> 20} MiB for probes' code are full; remove probes, or give "
-                "return probes a smaller maxactive"
+                f"the {_MOST_TABLES * _TABLE_BYTES >> 20} MiB for probes' code are full; remove "
+                "probes, or give return probes a smaller maxactive"
             )
-        first = self._physical(block.address)
-        entries = b"".join(
-            (first + n * PAGE_BYTES | _PAGE_FLAGS).to_bytes(8, "little") for n in range(pages)
-        )
-        self._kernel.memory.write(self._table.address + 8 * self._used, entries)
+        while self._used + pages > len(self._tables) * _TABLE_PAGES:
+            yield from self._add_table()
         address = self.start + self._used * PAGE_BYTES
-        self._used += pages
+        first = self._physical(block.address)
+        entries = [first + n * PAGE_BYTES | _PAGE_FLAGS for n in range(pages)]
+        while entries:
+            table, at = divmod(self._used, _TABLE_PAGES)
+            part, entries = entries[: _TABLE_PAGES - at], entries[_TABLE_PAGES - at :]
+            data = struct.pack(f"<{len(part)}Q", *part)
+            self._kernel.memory.write(self._tables[table].address + 8 * at, data)
+            self._used += len(part)
         return address
 
     def close(self) -> None:
         """Take the window away."""
-        self._kernel.memory.write(self.entry[0], bytes(8))
+        for n in range(len(self._tables)):
+            self._kernel.memory.write(self._entry(n), bytes(8))
+        self._tables.clear()
         self._kernel.target.flush_translations()
+
+    def _add_table(self) -> Script[None]:
+        table = yield from self._memory.pages(PAGE_BYTES)
+        address = self._entry(len(self._tables))
+        value = self._physical(table.address) | _TABLE_FLAGS
+        self._note(window=(address, value, self.start, self.end))
+        self._kernel.memory.write(address, value.to_bytes(8, "little"))
+        # What was cached of an earlier one is dropped.
+        self._kernel.target.flush_translations()
+        self._tables.append(table)
+
+    def _entry(self, number: int) -> int:
+        return self._directory + 8 * (self._first + number)
 
     def _physical(self, address: int) -> int:
         return address - self._kernel.memory.direct_map

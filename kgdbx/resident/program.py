@@ -38,6 +38,7 @@ class Program:
     :ivar point: the address that was asked for, before what *displacement* takes
     :ivar units: the code that it needs
     :ivar data: what its code reads: guest-virtual ``(address, size_bytes)``
+    :ivar user_data: that of the user's C
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Program:
     point: int = 0
     units: list[CodeUnit] = field(default_factory=list)
     data: list[tuple[int, int]] = field(default_factory=list)
+    user_data: int = 0
 
     @property
     def keeps_all(self) -> bool:

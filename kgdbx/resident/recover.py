@@ -55,7 +55,8 @@ class _Journalled:
     patches: dict[int, tuple[bytes, list[bytes]]] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     percpu: list[int] = field(default_factory=list)
-    window: tuple[int, int, int, int] | None = None  # entry, its value, start, end
+    entries: dict[int, int] = field(default_factory=dict)  # of the window, with their values
+    window: tuple[int, int] = (0, 0)  # start, end
     code: list[tuple[int, int]] = field(default_factory=list)
     slots: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -89,13 +90,11 @@ def recover(
                 f"{kernel.symbolize(address)} holds {live.hex(' ')}, neither what kgdbx wrote "
                 f"nor what was there before ({original.hex(' ')}): left as it is"
             )
-    if found.window is None:
-        path.unlink()
+    entries = [at for at, value in found.entries.items() if memory.read_u64(at) == value]
+    if not entries:
+        path.unlink()  # they were taken away already, or never written
         return done
-    entry, value, start, end = found.window
-    if memory.read_u64(entry) != value:
-        path.unlink()  # it was taken away already, or never written
-        return done
+    start, end = found.window
 
     def restore_returns() -> None:
         for slot, place, ret_addr in _pending(kernel, found):
@@ -107,7 +106,8 @@ def recover(
     if done.conflicts or not wait_until_unused(found.code, restore_returns):
         done.conflicts.append("code of kgdbx's is still in use in the guest: its memory stays")
         return done
-    memory.write(entry, bytes(8))
+    for entry in entries:
+        memory.write(entry, bytes(8))
     kernel.target.flush_translations()
     guest = GuestMemory(kernel)
     GuestCaller(kernel, dispatch).run(guest.give_back(found.blocks, found.percpu))
@@ -118,7 +118,10 @@ def recover(
 
 def _pending(kernel: Kernel, found: _Journalled) -> Iterator[tuple[int, int, int]]:
     for address, count, size_bytes in found.slots:
-        data = kernel.memory.read(address, count * size_bytes)
+        try:
+            data = kernel.memory.read(address, count * size_bytes)
+        except MemoryFault:
+            continue  # this part of the window is gone: whoever took it away waited for the calls
         for pending in pending_returns(data, address, size_bytes):
             try:
                 is_there = kernel.memory.read_u64(pending.place) == pending.stub
@@ -156,7 +159,8 @@ def _take(found: _Journalled, record: dict[str, Any]) -> None:
         found.percpu += map(int, record["percpu"])
     elif "window" in record:
         entry, value, start, end = map(int, record["window"])
-        found.window = entry, value, start, end
+        found.entries[entry] = value
+        found.window = start, end
     elif "code" in record:
         start, end = map(int, record["code"])
         found.code.append((start, end))

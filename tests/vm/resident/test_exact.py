@@ -133,6 +133,19 @@ def test_memory_of_removed_probes_serves_new_ones(guest_of: GuestOf) -> None:
     assert guest.text() == before
 
 
+def test_more_than_one_page_table_maps(guest: Any) -> None:
+    before = guest.text()
+    probes = guest.session.define_many(
+        [parse_definition(f"r4096:n{n} {CALL} $retval") for n in range(9)]
+    )
+    assert len({program.slots >> 21 for probe in probes for program in probe.programs}) == 2
+    guest.run("caller 2 1009")
+    assert [(p.hits, p.nmissed) for p in probes] == 9 * [(1009, 0)]
+    guest.session.resident.close()
+    assert guest.text() == before
+    assert guest.run("caller 1 3").startswith("3 ")
+
+
 def test_unregistered_while_tasks_sleep_inside(guest_of: GuestOf) -> None:
     guest = guest_of(smp=4)
     before = guest.text()

@@ -44,8 +44,11 @@ while True:
 HELD = """
 import sys
 from kgdbx.attach import connect
+from kgdbx.probes.definition import parse_definition
 
 session = connect(sys.argv[1])
+# More than one page table maps.
+session.define_many([parse_definition(f"r4096:m{n} do_nanosleep") for n in range(9)])
 session.define("r20:n do_nanosleep $retval", tier="resident")
 session.define('p:e do_nanosleep if $comm ~ "caller*"', tier="resident")
 print("up", flush=True)
