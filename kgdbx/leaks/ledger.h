@@ -139,9 +139,20 @@ static __always_inline const u64 *stack_end(const u64 *sp)
 }
 
 /* push $slot: only such words in the window stand for a return address. */
+static __always_inline const struct slot *slot_of(u64 stub)
+{
+	return (const struct slot *)(s64) * (const s32 *)(stub + 1);
+}
+
+/* A word on a stack may be any number: nothing is read but what is mapped, and ours. */
 static __always_inline bool is_stub(u64 word)
 {
-	return word - WINDOW < WINDOW_BYTES && !(word & 15) && *(const u8 *)word == 0x68;
+	const struct slot *slot;
+
+	if (word - WINDOW >= window_used || (word & 15) || *(const u8 *)word != 0x68)
+		return false;
+	slot = slot_of(word);
+	return (u64)slot - WINDOW < window_used - sizeof(*slot) && slot->stub == word;
 }
 
 /* How many of eight words are below an address: two instructions each, and no jumps. */
@@ -175,16 +186,15 @@ static __always_inline bool is_anywhere(const u64 *sp, const u64 *end)
 	return false;
 }
 
-static __always_inline const struct slot *slot_of(u64 stub)
-{
-	return (const struct slot *)(s64) * (const s32 *)(stub + 1);
-}
-
 /* Whether a word on the stack is a return address, or stands for it until the return. */
 static __always_inline bool returns_to(u64 word, u64 address)
 {
-	return word == address || (unlikely(word - WINDOW < WINDOW_BYTES) &&
-				   is_stub(word) && true_return(word) == address);
+	u32 n;
+
+	/* What is left of earlier calls may lead anywhere. */
+	for (n = 0; n < MOST_HOOKED && unlikely(word - WINDOW < WINDOW_BYTES) && is_stub(word); n++)
+		word = slot_of(word)->ret_addr;
+	return word == address;
 }
 
 static __always_inline u64 mix(u64 hash, u64 word)

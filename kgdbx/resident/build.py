@@ -79,7 +79,7 @@ class Builder:
             tail = linked.symbols[f"tail_{numbers[program.displacement.address]}"]
             own = {ORIGINAL: tail, STACK: linked.symbols.get(STACK)}
             self._write_user_code(program, own_code, own)
-        self._write_controls(linked, new)
+        self._write_controls(holding, linked, new)
         for program in new:
             program.units += (place, holding.code.unit_of(program.handler))
         for site in sites.values():
@@ -108,7 +108,9 @@ class Builder:
         if linked.data:
             self._host.write(program.user_data, linked.data)
 
-    def _write_controls(self, linked: Linked, programs: Sequence[Program]) -> None:
+    def _write_controls(
+        self, holding: Holding, linked: Linked, programs: Sequence[Program]
+    ) -> None:
         for program in programs:
             self._host.write(
                 program.address,
@@ -131,6 +133,8 @@ class Builder:
                 for n in range(program.maxactive)
             )
             self._host.write(program.slots, slots)
+            # Not before: what others have left there is not to be taken for calls in progress.
+            holding.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
 
 
 def jump(at: int, to: int) -> bytes:

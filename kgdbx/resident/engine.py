@@ -30,6 +30,7 @@ __all__ = ("Engine",)
 
 _COUNTERS_BYTES = 32  # struct counters
 _RECLAIM_BYTES = 64 << 10
+_RECLAIM_TRIES = 5
 
 
 class Engine:
@@ -74,6 +75,7 @@ class Engine:
         self._jumps = Jumps(kernel, self.quiescence)
         self._next_id = 1
         self.placed_listeners: list[Callable[[], None]] = []
+        self._placing = self._taking_hold = False
         self._batch: list[Program] | None = None
         self._removals: list[Program] | None = None
 
@@ -180,18 +182,25 @@ class Engine:
 
     def _install(self, programs: Sequence[Program]) -> None:
         holding = self._hold()
-        self._reclaim(holding)
+        outer, self._placing = self._placing, True
         try:
+            # The guest runs while probes are placed, and a handler may place others: the code of
+            # the outer ones is there, and nothing leads to it yet.
+            if not outer:
+                self._reclaim(holding)
             self._place(holding, programs)
         except BaseException:
             holding.retire(programs)
             raise
+        finally:
+            self._placing = outer
         self.programs.update((program.id, program) for program in programs)
+        holding.link_returns(self.programs.values())
         for listener in self.placed_listeners:
             listener()
 
     def _place(self, holding: Holding, programs: Sequence[Program]) -> None:
-        holding.take_counters(self._caller, self.quiescence.run_on, len(programs))
+        holding.take_counters(self._caller, self.quiescence.run_on, programs)
         self._caller.run(holding.take_memory(programs, self.ring_bytes, self.overwrite))
         changed: dict[int, Site] = {}
         for program in programs:
@@ -206,21 +215,27 @@ class Engine:
         stubs = self._builder.build(holding, changed, programs)
         if holding.clock is None:
             self._caller.run(holding.sample_clock())
-        holding.link_returns((*self.programs.values(), *programs))
         self._jumps.write(holding.journal, changed, stubs)
 
     def _reclaim(self, holding: Holding) -> None:
         # What removed probes have left serves new ones, if nothing is inside of our code but calls
-        # that return probes wait for: they may be inside for as long as they like.
-        needed = {unit for program in self.programs.values() for unit in program.units}
-        needed |= self._jumps.units
-        if holding.unneeded_bytes(needed) < _RECLAIM_BYTES:
-            return
-        self.returns.withdraw(())
-        inside = busy_addresses(self.kernel, holding.code.heap.ranges, include_start=True)
-        if {each.address for each in inside} <= self.returns.stubs_waited_for:
-            self.returns.forget()
-            holding.reclaim(needed)
+        # that return probes wait for: they may be inside for as long as they like. Others will be
+        # through soon, if the guest may run on; if not, there is a next time.
+        for _ in range(_RECLAIM_TRIES):
+            needed = {unit for program in self.programs.values() for unit in program.units}
+            needed |= self._jumps.units
+            if holding.unneeded_bytes(needed) < _RECLAIM_BYTES:
+                return
+            self.returns.withdraw(())
+            inside = busy_addresses(self.kernel, holding.code.heap.ranges, include_start=True)
+            if {each.address for each in inside} <= self.returns.stubs_waited_for:
+                kept = self.returns.forget_settled()
+                needed |= {unit for program in kept for unit in program.units}
+                holding.reclaim(needed, kept)
+                return
+            if self.quiescence.must_stand:
+                return
+            self.quiescence.run_on()
 
     @contextlib.contextmanager
     def removals(self) -> Iterator[None]:
@@ -277,7 +292,7 @@ class Engine:
             self._let_go(holding)
             return
         code = holding.code.heap.ranges
-        if not self.quiescence.wait_until_unused(code, lambda: self.returns.withdraw(())):
+        if not self.quiescence.wait_until_unused(code, self.returns.settle):
             holding.journal.leave()
             self._holding = None
             raise ProbeError(
@@ -358,7 +373,13 @@ class Engine:
 
     def _hold(self) -> Holding:
         if self._holding is None:
-            holding = self._caller.run(take_hold(self.kernel, self.host, self._make_journal))
+            if self._taking_hold:  # the guest runs meanwhile, and a handler with it
+                raise ProbeError("the first memory is being taken; define it a moment later")
+            self._taking_hold = True
+            try:
+                holding = self._caller.run(take_hold(self.kernel, self.host, self._make_journal))
+            finally:
+                self._taking_hold = False
             self.kernel.true_stacks = functools.partial(self.returns.true_stacks, holding.window)
             self._holding = holding
         return self._holding

@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from kgdbx.errors import ProbeError
 from kgdbx.resident.bells import Bells, make_bells
@@ -89,9 +89,6 @@ class Holding:
         finally:
             self._note_new(known)
         for program in programs:
-            if program.kind == "r":
-                self.journal.note(slots=(program.slots, program.maxactive, program.slot_bytes))
-            program.counters = self._counters.pop()
             if program.body is not None and program.body.map is not None:
                 program.table = self.tables[program.body.map]
             elif program.body is not None:
@@ -113,6 +110,7 @@ class Holding:
         if not self._sample:
             self._sample = yield from self.data.place(64)
             self.code.symbols["return_probes"] = yield from self.data.place(64)
+            self.code.symbols["window_used"] = yield from self.data.place(64)
         for size in sorted(sizes):
             at = yield from self.data.place(controls)
             share = max(PAGE_BYTES, free_bytes(self._kernel) // _RINGS_SHARE // cpus)
@@ -138,7 +136,9 @@ class Holding:
             program.user_data = yield from self._take_data(program, code.object.data_bytes)
 
     def link_returns(self, programs: Iterable[Program]) -> None:
-        """Have the guest find the calls that return probes wait for."""
+        """Have the guest find the calls that return probes wait for, and how far it may read."""
+        used = self.window.used_bytes
+        self._host.write(self.code.symbols["window_used"], used.to_bytes(8, "little"))
         following = 0
         for program in programs:
             if program.kind == "r" and program.body is not None:
@@ -146,8 +146,10 @@ class Holding:
                 following = program.address
         self._host.write(self.code.symbols["return_probes"], following.to_bytes(8, "little"))
 
-    def take_counters(self, caller: GuestCaller, run_on: Callable[[], None], count: int) -> None:
-        """Have counters for as many programs.
+    def take_counters(
+        self, caller: GuestCaller, run_on: Callable[[], None], programs: Sequence[Program]
+    ) -> None:
+        """Have counters for programs.
 
         Of per-CPU memory little is ready at once. When that is used up, a worker of the guest's
         makes more as soon as it runs: pcpu_balance_workfn() in mm/percpu.c.
@@ -156,16 +158,18 @@ class Holding:
         :raises ProbeError: if there is still none after 5 s
         """
         deadline = time.monotonic() + _PER_CPU_S
-        while len(self._counters) < count:
+        while len(self._counters) < len(programs):
             known = self._known
             try:
-                caller.run(self._more_counters(count))
+                caller.run(self._more_counters(len(programs)))
             except ProbeError:
                 if time.monotonic() > deadline:
                     raise
                 run_on()
             finally:
                 self._note_new(known)
+        for program in programs:
+            program.counters = self._counters.pop()
 
     def take_code(self, caller: GuestCaller, size_bytes: int) -> CodeUnit:
         """A place for code."""
@@ -194,16 +198,18 @@ class Holding:
         code = sum(unit.size_bytes for unit in self.code.unneeded(needed))
         return code + sum(size for program in self._retired for _, size in program.data)
 
-    def reclaim(self, needed: Iterable[CodeUnit]) -> None:
+    def reclaim(self, needed: Iterable[CodeUnit], kept: Set[Program]) -> None:
         """Have what retired probes leave serve others; nothing in the guest is inside of it.
 
         :param needed: the code that is in use
+        :param kept: retired probes whose data are in use
         """
         self.code.give_back(self.code.unneeded(needed))
-        slots = [program.slots for program in self._retired if program.slots]
+        gone = [program for program in self._retired if program not in kept]
+        slots = [program.slots for program in gone if program.slots]
         if slots:
             self.journal.note(no_slots=slots)
-        for program in self._retired:
+        for program in gone:
             for address, size_bytes in program.data:
                 self.data.give_back(address, size_bytes)
             if program.counters:
@@ -211,7 +217,7 @@ class Holding:
                     at = (program.counters + offset) & (1 << 64) - 1
                     self._host.write(at, bytes(_COUNTERS_BYTES))
                 self._counters.append(program.counters)
-        self._retired.clear()
+            del self._retired[program]
 
     def take_block(self, caller: GuestCaller, size_bytes: int) -> int:
         """Address of zeroed pages in the direct map."""

@@ -73,8 +73,8 @@ class Jumps:
         done: list[Patch] = []
         try:
             for patch in patches:
+                done.append(patch)  # before it is: ^C may come in between
                 self._write_code(patch.address, patch.replacement)
-                done.append(patch)
         except BaseException:
             for patch in reversed(done):
                 old = self._sites.get(patch.address)

@@ -138,6 +138,11 @@ class Window:
         self._used = 0
 
     @property
+    def used_bytes(self) -> int:
+        """How much of it is mapped, from its start on."""
+        return self._used * PAGE_BYTES
+
+    @property
     def end(self) -> int:
         """First address behind the window."""
         return self.start + _MOST_TABLES * _TABLE_BYTES

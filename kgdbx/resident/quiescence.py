@@ -24,12 +24,17 @@ class Quiescence:
         self._kernel = kernel
         self._caller = caller
 
+    @property
+    def must_stand(self) -> bool:
+        """Whether a handler runs: the guest must not go on from there."""
+        return self._caller.handling() is not None
+
     def run_on(self) -> None:
         """Let the guest run for a moment.
 
-        :raises ProbeError: if a handler runs: the guest must not go on from there
+        :raises ProbeError: if it must stand
         """
-        if self._caller.handling() is not None:
+        if self.must_stand:
             raise ProbeError("a handler cannot wait for the guest to run on; try again outside")
         self._kernel.target.run(self._caller.dispatch, _STEP_S)
 
@@ -49,18 +54,17 @@ class Quiescence:
             self.run_on()
 
     def wait_until_unused(
-        self, ranges: Sequence[tuple[int, int]], at_stop: Callable[[], None]
+        self, ranges: Sequence[tuple[int, int]], settled: Callable[[], bool]
     ) -> bool:
         """Let the guest run until nothing in it is inside ranges of addresses, 10 s at most.
 
         :param ranges: guest-virtual ``(start, end)`` of code
-        :param at_stop: called at each stop meanwhile
+        :param settled: called at each stop; whether nothing comes back to them by other ways
         :return: whether that came to be
         """
         deadline = time.monotonic() + _MOST_S
-        while tasks_inside(self._kernel, ranges, include_start=True):
+        while not settled() or tasks_inside(self._kernel, ranges, include_start=True):
             if time.monotonic() > deadline:
                 return False
             self.run_on()
-            at_stop()
         return True

@@ -9,7 +9,13 @@ from kgdbx.errors import CommandError, MemoryFault
 from kgdbx.resident.guest_call import GuestCaller
 from kgdbx.resident.journal import read_journal
 from kgdbx.resident.memory import Block, GuestMemory
-from kgdbx.resident.returns import pending_returns, true_return
+from kgdbx.resident.returns import (
+    PendingReturn,
+    never_returns,
+    pending_returns,
+    stands_at,
+    true_return,
+)
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop
 
@@ -65,13 +71,13 @@ def recover(
     kernel: Kernel,
     path: Path,
     dispatch: Callable[[Stop], bool],
-    wait_until_unused: Callable[[Sequence[tuple[int, int]], Callable[[], None]], bool],
+    wait_until_unused: Callable[[Sequence[tuple[int, int]], Callable[[], bool]], bool],
 ) -> Recovery:
     """Undo what a journal says. The kernel stands; the journal is removed when all is undone.
 
     :param dispatch: handles stops while the guest makes calls for us
     :param wait_until_unused: lets the guest run until nothing is inside ranges of addresses, and
-        calls a function at each stop meanwhile; whether that came to be
+        a function that it calls at each stop is true; whether that came to be
     :raises CommandError: if the journal makes no sense
     """
     found = _read(path, kernel)
@@ -96,11 +102,19 @@ def recover(
         return done
     start, end = found.window
 
-    def restore_returns() -> None:
-        for slot, place, ret_addr in _pending(kernel, found):
-            memory.write(place, true_return(kernel, ret_addr, start, end).to_bytes(8, "little"))
-            memory.write(slot, bytes(8))
-            done.returns += 1
+    def restore_returns() -> bool:
+        calls = {pending.stub: pending for pending in _pending(kernel, found)}
+        for pending in tuple(calls.values()):
+            if stands_at(memory, pending):
+                true = true_return(kernel, pending.stub, start, end)
+                memory.write(pending.place, true.to_bytes(8, "little"))
+                done.returns += 1
+                stub = pending.stub
+                while stub in calls:  # of several probes at one function
+                    passed = calls.pop(stub)
+                    memory.write(passed.slot, bytes(8))
+                    stub = passed.ret_addr
+        return all(never_returns(kernel, pending) for pending in calls.values())
 
     restore_returns()
     if done.conflicts or not wait_until_unused(found.code, restore_returns):
@@ -116,19 +130,13 @@ def recover(
     return done
 
 
-def _pending(kernel: Kernel, found: _Journalled) -> Iterator[tuple[int, int, int]]:
+def _pending(kernel: Kernel, found: _Journalled) -> Iterator[PendingReturn]:
     for address, count, size_bytes in found.slots:
         try:
             data = kernel.memory.read(address, count * size_bytes)
         except MemoryFault:
             continue  # this part of the window is gone: whoever took it away waited for the calls
-        for pending in pending_returns(data, address, size_bytes):
-            try:
-                is_there = kernel.memory.read_u64(pending.place) == pending.stub
-            except MemoryFault:
-                continue  # the task's stack is gone
-            if is_there:
-                yield pending.slot, pending.place, pending.ret_addr
+        yield from pending_returns(data, address, size_bytes)
 
 
 def _read(path: Path, kernel: Kernel) -> _Journalled:

@@ -2,8 +2,10 @@
 
 import contextlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+import drgn
 
 from kgdbx.errors import MemoryFault
 from kgdbx.resident.host import HostView
@@ -18,7 +20,9 @@ __all__ = (
     "Returns",
     "SLOT_BYTES",
     "empty_slot",
+    "never_returns",
     "pending_returns",
+    "stands_at",
     "true_return",
 )
 
@@ -30,6 +34,8 @@ SLOT_BYTES = _SLOT.size
 NEXT_AT = 48
 """Where a return probe's ``struct probe`` names the next."""
 
+_TASK_DEAD = 0x80  # include/linux/sched.h: it is never scheduled again
+_WAITED_FOR, _SETTLED = 1, 2  # slot.busy; what is settled is taken for no other call
 _RET_ADDR_AT = 8
 _TASK_AT = 24
 
@@ -67,7 +73,7 @@ def pending_returns(data: bytes, address: int, size_bytes: int) -> Iterator[Pend
     """
     for at in range(0, len(data), size_bytes):
         busy, ret_addr, place, task, _, _, stub, pid = _SLOT.unpack_from(data, at)
-        if busy:
+        if busy == _WAITED_FOR:
             yield PendingReturn(address + at, ret_addr, place, task, stub, pid)
 
 
@@ -82,6 +88,29 @@ def true_return(kernel: Kernel, address: int, start: int, end: int) -> int:
         slot = int.from_bytes(code[1:], "little", signed=True) & (1 << 64) - 1
         address = kernel.memory.read_u64(slot + _RET_ADDR_AT)
     return address
+
+
+def never_returns(kernel: Kernel, pending: PendingReturn) -> bool:
+    """Whether a call's task is dead. In doubt it lives: a call whose slot is taken away would
+    return to nowhere.
+    """
+    if not pending.task:
+        return False  # it is being filled, or set free
+    task = kernel.program.type("struct task_struct")
+    # Linux kernel commit 2f064a59a11f ("sched: Change task_struct::state") (in v5.14).
+    state = "__state" if task.has_member("__state") else "state"
+    state_at, on_cpu_at, pid_at = (drgn.offsetof(task, name) for name in (state, "on_cpu", "pid"))
+    memory = kernel.memory
+    try:
+        if memory.read_u32(pending.task + pid_at) == pending.pid:
+            if memory.read_u32(pending.task + state_at) != _TASK_DEAD:
+                return False
+            return not memory.read_u32(pending.task + on_cpu_at)
+    except MemoryFault:
+        pass  # its task_struct is gone, and may be anything now
+    # Another task is there. One that executes a program may have got its leader's number, but
+    # then what the slot put on its stack is still there.
+    return not stands_at(memory, pending)
 
 
 class Returns:
@@ -103,9 +132,9 @@ class Returns:
         data = self._host.read(program.slots, program.maxactive * program.slot_bytes)
         return list(pending_returns(data, program.slots, program.slot_bytes))
 
-    def reap(self, program: Program, is_dead: Callable[[PendingReturn], bool]) -> int:
+    def reap(self, program: Program) -> int:
         """Free the slots of calls that will never return; how many there were."""
-        dead = [pending for pending in self.pending(program) if is_dead(pending)]
+        dead = [each for each in self.pending(program) if never_returns(self._kernel, each)]
         for pending in dead:
             self._host.write(pending.slot + _TASK_AT, bytes(8))
             self._host.write(pending.slot, bytes(8))
@@ -121,7 +150,7 @@ class Returns:
         stubs: dict[int, int] = {}
         for program in self._programs.values():
             for pending in self.pending(program):
-                if _stands_at(memory, pending):
+                if stands_at(memory, pending):
                     stubs[pending.place] = pending.stub
         try:
             for place, stub in stubs.items():
@@ -140,17 +169,18 @@ class Returns:
         memory = self._kernel.memory
         found = [pending for program in self._gone for pending in self.pending(program)]
         behind = {pending.stub: pending.ret_addr for pending in found}
+        passed: set[int] = set()  # stubs that nothing leads to any more
 
         def without_gone(address: int) -> int:
             while address in behind:
+                passed.add(address)
                 address = behind[address]
             return address  # the stub of a probe that stays, or where the call returns to
 
         for pending in found:
-            if _stands_at(memory, pending):
-                true = without_gone(pending.ret_addr)
+            if stands_at(memory, pending):
+                true = without_gone(pending.stub)
                 memory.write(pending.place, true.to_bytes(8, "little"))
-                self._host.write(pending.slot, bytes(8))
         for program in self._programs.values():
             if program in self._gone:
                 continue
@@ -158,6 +188,9 @@ class Returns:
                 if pending.ret_addr in behind:
                     true = without_gone(pending.ret_addr)
                     self._host.write(pending.slot + _RET_ADDR_AT, true.to_bytes(8, "little"))
+        for pending in found:
+            if pending.stub in passed:
+                self._host.write(pending.slot, _SETTLED.to_bytes(8, "little"))
 
     @property
     def stubs_waited_for(self) -> set[int]:
@@ -165,11 +198,33 @@ class Returns:
         return {p.stub for program in self._programs.values() for p in self.pending(program)}
 
     def forget(self) -> None:
-        """Nothing comes to the slots of those that were taken out: their memory is given back."""
+        """The guest has its memory back: no slots are left."""
         self._gone.clear()
 
+    def settle(self) -> bool:
+        """:meth:`withdraw` what can be by now; whether nothing is left."""
+        self.withdraw(())
+        return not self.forget_settled()
 
-def _stands_at(memory: KernelMemory, pending: PendingReturn) -> bool:
+    def forget_settled(self) -> set[Program]:
+        """Forget the probes that were taken out but for those that calls may come back to.
+
+        Such a call's address may be on no stack: where a function jumps to one that a kretprobe of
+        the guest's own is at, that one keeps our address, and its own stands in the place.
+
+        :return: those that stay
+        """
+        kept = {
+            program
+            for program in self._gone
+            if any(not never_returns(self._kernel, each) for each in self.pending(program))
+        }
+        self._gone = {program: None for program in self._gone if program in kept}
+        return kept
+
+
+def stands_at(memory: KernelMemory, pending: PendingReturn) -> bool:
+    """Whether a call's stub is where its return address lay."""
     try:
         return memory.read_u64(pending.place) == pending.stub
     except MemoryFault:

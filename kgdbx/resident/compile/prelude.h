@@ -369,6 +369,7 @@ static __always_inline void release_slot(struct slot *slot)
 #define MOST_HOOKED 32
 
 extern struct probe *return_probes;
+extern u64 window_used; /* bytes from its start; the rest is not mapped */
 
 u32 stack_trace_save_regs(const struct regs *regs, u64 *to, u32 size, u32 skip);
 

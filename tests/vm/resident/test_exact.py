@@ -1,15 +1,19 @@
 """Nothing lost, nothing twice: resident probes against workloads whose calls are known."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kgdbx.attach import attach_vm, connect
+from kgdbx.errors import ProbeError
 from kgdbx.machine.vm import Vm
 from kgdbx.probes.definition import parse_definition
 from kgdbx.probes.event import Event
+from kgdbx.resident.journal import Journal
+from kgdbx.resident.place.displacement import Displacement
 
 GuestOf = Callable[..., Any]
 CALL = "__x64_sys_getpgid"
@@ -123,7 +127,7 @@ def test_memory_of_removed_probes_serves_new_ones(guest_of: GuestOf) -> None:
         entry.unregister()
         assert gone.nmissed == 0
         hits += entry.hits
-    assert taken[-1] == taken[8]
+    assert max(taken[8:]) <= taken[8] + (1 << 20), taken  # somebody was inside now and then
     guest.session.run(command=command, timeout_s=60)
     assert command.wait(5).output.startswith("1009 ")
     assert hits > 24
@@ -144,6 +148,48 @@ def test_more_than_one_page_table_maps(guest: Any) -> None:
     guest.session.resident.close()
     assert guest.text() == before
     assert guest.run("caller 1 3").startswith("3 ")
+
+
+def test_probes_placed_while_others_are(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = guest_of()
+    session = guest.session
+    engine = session.resident.engine
+    events = events_of(guest, "caller-")
+    session.define("p:first __x64_sys_getpriority", tier="resident")
+    wait = engine.quiescence.wait_until_free
+
+    def run_on(displacements: Iterable[Displacement]) -> None:
+        # As a handler does, while the guest runs until the bytes to replace are free.
+        monkeypatch.undo()
+        session.define("p:inner __x64_sys_getpriority", tier="resident")
+        wait(displacements)
+
+    monkeypatch.setattr(engine.quiescence, "wait_until_free", run_on)
+    (outer,) = session.define("r4096:outer __x64_sys_clock_nanosleep $retval")
+    (other,) = session.define(f"r4096:other {CALL} $kstack $retval")
+    guest.run("caller 2 101 1000; caller 2 103")
+    assert Counter(e.probe for e in events) == {"kprobes/outer": 101, "kprobes/other": 103}
+    assert (outer.hits, other.hits) == (101, 103)
+
+
+def test_nothing_leads_to_probes_that_could_not_be_placed(
+    guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    guest = guest_of()
+    engine = guest.session.resident.engine
+    journal = tmp_path / "journal"
+    monkeypatch.setattr(engine, "_make_journal", lambda: Journal(journal))
+    guest.session.define("p:first __x64_sys_getpriority", tier="resident")
+
+    def refuse(*_: object) -> None:
+        raise ProbeError("refused")
+
+    for place in ("kgdbx.resident.build.compile_unit", "kgdbx.resident.jumps.Jumps.write"):
+        with monkeypatch.context() as patched, pytest.raises(ProbeError, match="refused"):
+            patched.setattr(place, refuse)
+            guest.session.define(f"r100:back {CALL}", tier="resident")
+        assert engine.host.read_u64(engine._holding.code.symbols["return_probes"]) == 0
+        assert ('"slots"' in journal.read_text()) == place.endswith("write")
 
 
 def test_unregistered_while_tasks_sleep_inside(guest_of: GuestOf) -> None:

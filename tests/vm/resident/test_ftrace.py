@@ -63,3 +63,32 @@ def test_ftrace_may_trace_where_a_doorbell_is(guest: Any) -> None:
     assert site.resume is None
     assert guest.run(f"{WORK}; {LINES}").split() == [str(CALLS)]
     assert probe.hits == len(tasks) == 100 + CALLS
+
+
+def test_calls_that_a_kretprobe_of_the_guests_own_has_taken_over(guest: Any) -> None:
+    # __x64_sys_read() jumps to ksys_read(): the kernel's kretprobe there finds our address on the
+    # stack and keeps it, with its own in the place.
+    event = f"echo 'r:k/r ksys_read' > {TRACE}/kprobe_events; echo 1 > {TRACE}/events/k/enable"
+    guest.run(event)
+    (gone,) = guest.session.define("r4096:gone __x64_sys_read $retval", tier="resident")
+    guest.session.define(f"p {FUNCTION}", tier="resident")
+    reader = guest.vm.start("(sleep 1; echo one; sleep 1; echo two) | cat")
+    guest.session.run(timeout_s=0.5)
+    gone.unregister()
+    for n in range(4):
+        guest.session.define(f"r1000 __x64_sys_getpriority $retval n={n}", tier="resident")
+    guest.session.run(command=reader, timeout_s=30)
+    assert reader.wait(5).output == "one\ntwo\n"
+    assert "BUG" not in guest.run("dmesg")
+
+
+def test_leaving_waits_for_such_calls(guest: Any) -> None:
+    guest.run(f"echo 'r:k/r ksys_read' > {TRACE}/kprobe_events; echo 1 > {TRACE}/events/k/enable")
+    guest.session.define("r:gone __x64_sys_read $retval", tier="resident")
+    reader = guest.vm.start("(sleep 3; echo one) | cat")
+    guest.session.run(timeout_s=1)
+    guest.session.resident.close()
+    assert not guest.session.resident.engine.is_open
+    guest.session.run(command=reader, timeout_s=30)
+    assert reader.wait(5).output == "one\n"
+    assert "BUG" not in guest.run("dmesg")
