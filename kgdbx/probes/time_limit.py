@@ -14,7 +14,7 @@ __all__ = ("is_whole", "time_limit")
 # interrupted in the manager, a breakpoint could be in the guest and in no list.
 _WHOLE = ("kgdbx.target.", "kgdbx.probes.manager", "kgdbx.probes.site")
 _CALLER = "kgdbx.probes.probe"
-_RETRY_S = 0.001
+_RETRY_S = 0.005
 
 
 @contextlib.contextmanager
@@ -32,15 +32,16 @@ def time_limit(limit_s: float | None) -> Iterator[None]:
 
     def expired(signum: int, frame: FrameType | None) -> None:
         if is_whole(frame):
-            signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
             return
+        signal.setitimer(signal.ITIMER_REAL, 0)
         raise HandlerTimeout(
             f"handlers ran longer than {limit_s:g} s with the guest stopped; do the work after "
             "the hit, or set session.probes.handler_limit_s in start(session) of the script"
         )
 
     previous = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    # Again and again: one that comes just before a system call does not end it.
+    signal.setitimer(signal.ITIMER_REAL, limit_s, _RETRY_S)
     try:
         yield
     finally:

@@ -53,6 +53,16 @@ def test_waits_for_the_end_of_what_must_stay_whole(name: str) -> None:
     assert 0.1 <= time.monotonic() - start < 5
 
 
+def test_a_signal_just_before_a_system_call_is_not_the_only_one() -> None:
+    module = _module("kgdbx.probes.site", SPIN)
+    for n in range(500):
+        start = time.monotonic()
+        with pytest.raises(HandlerTimeout), time_limit(0.0002):
+            module.spin(n * 4e-6)
+            time.sleep(2)
+        assert time.monotonic() - start < 1
+
+
 def test_what_calls_the_handler_does_not_count() -> None:
     # The transport's run() calls the manager, which calls the probe, which calls the handler.
     probe = _module("kgdbx.probes.probe", "def call(handler): handler()")
