@@ -98,6 +98,15 @@ class Vm:
         with self.qmp() as qmp:
             return str(qmp.execute("query-status")["status"])
 
+    def replayed(self) -> int | None:
+        """How many instructions QEMU has replayed; None if it replays no recording.
+
+        :raises MachineError: as :meth:`status` does
+        """
+        with self.qmp() as qmp:
+            state = qmp.execute("query-replay")
+        return int(state["icount"]) if state["mode"] == "play" else None
+
     def qmp(self, timeout_s: float = 10.0) -> Qmp:
         """Connect to QMP; QEMU takes one connection at a time."""
         return Qmp(self.info.qmp_socket, timeout_s)

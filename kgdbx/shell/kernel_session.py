@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Callable
 from typing import Any, Literal
 
-from kgdbx.errors import CommandError, KgdbxError, TargetLost
+from kgdbx.errors import CommandError, KgdbxError, MachineError, TargetLost
 from kgdbx.gdb_launch import gdb_argv
 from kgdbx.machine.info import VmInfo
-from kgdbx.machine.vm import find_vm
+from kgdbx.machine.vm import Vm, find_vm
 from kgdbx.shell.gdb_process import GdbProcess, Reply
 from kgdbx.shell.records import Record
 from kgdbx.shell.vm_watch import VmWatch
@@ -34,6 +34,7 @@ class KernelSession:
     :param show: called with text as it comes, and whether it is lines of events
     :param sysrq: tty of the console over which KGDB's kernel can be stopped
     :ivar status: the last answer of :func:`kgdbx.views.status.status`
+    :ivar replayed: instructions so far of a VM that replays what QEMU recorded; None of others
     :ivar on_change: called when the state or the status is another
     """
 
@@ -53,6 +54,7 @@ class KernelSession:
         self.info: VmInfo | None = None
         self.state: State = "detached"
         self.status: dict[str, Any] = {}
+        self.replayed: int | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.colour = False
         self._show = show
@@ -109,6 +111,7 @@ class KernelSession:
                 raise TargetLost(f"cannot attach to {self.where}: {reply.error}")
         self._set_state("stopped" if self.where else "detached")
         if self.info is not None:
+            await self._see_replayed()
             try:
                 self._watch = VmWatch(self.info, self._on_vm_end)
             except ProcessLookupError:
@@ -273,12 +276,19 @@ class KernelSession:
             return
         with contextlib.suppress(KgdbxError):
             status = await self._process.ask("status")
+            if self.replayed is not None:
+                await self._see_replayed()
             if not status and self.state in ("stopped", "running"):
                 self._set_state("detached")
             elif status and self.state == "detached":
                 self._set_state("running" if status["running"] else "stopped")
             self.status = status
             self.on_change()
+
+    async def _see_replayed(self) -> None:
+        assert self.info is not None
+        with contextlib.suppress(MachineError):  # somebody else asks QEMU
+            self.replayed = await asyncio.to_thread(Vm(self.info).replayed)
 
     async def _console(self, line: str) -> Reply:
         return await self._process.console(line)

@@ -10,7 +10,9 @@ __all__ = ("prompt", "toolbar")
 
 
 def prompt(shell: Shell) -> StyleAndTextTuples:
-    """``a running> ``, or where it stands: ``a vfs_read+0x0 cpu 1> ``."""
+    """``a running> ``, or where it stands: ``a vfs_read+0x0 cpu 1> ``; of a replay also how many
+    instructions it has come: ``a @1,234,567 running> ``.
+    """
     if shell.python:
         return [("", ">>> ")]
     session = shell.current
@@ -18,7 +20,7 @@ def prompt(shell: Shell) -> StyleAndTextTuples:
         return [("", "kgdbx> ")]
     return [
         ("bold", session.name),
-        ("", " "),
+        ("", " " if session.replayed is None else f" @{session.replayed:,} "),
         (f"class:prompt.{session.state}", _state(session)),
         ("", "> "),
     ]

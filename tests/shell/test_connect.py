@@ -9,7 +9,7 @@ from kgdbx.machine.vm import Vm
 def test_a_stub_by_its_address(
     clone_of: Callable[..., Vm], shell_in: Callable[..., Terminal]
 ) -> None:
-    vm = clone_of(kernel="6.12", smp=1)
+    vm = clone_of(kernel="6.12", smp=2)
     assert vm.execute("modprobe dummy").status == 0
     t = shell_in("--connect", str(vm.info.gdb_socket), str(vm.info.vmlinux), columns=120, rows=30)
     t.wait("cpu 0>", 90)

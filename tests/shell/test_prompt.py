@@ -4,9 +4,11 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from kgdbx.bench.terminal import Terminal
-from kgdbx.machine.vm import Vm
+from kgdbx.machine.cache import wait_until
+from kgdbx.machine.vm import Vm, configure, launch
 
 FUNCTION = "__x64_sys_getpgid"
 
@@ -143,3 +145,41 @@ def test_keys_are_answered_while_events_flood(
     t.line("quit")
     t.end()
     flood.discard()
+
+
+def test_a_live_one_beside_a_replay(
+    clone_of: Callable[..., Vm], shell_in: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    live = clone_of(smp=2)
+
+    def start(mode: str) -> Vm:
+        replay = f"shift=1,sleep=off,rr={mode},rrfile={tmp_path / 'recording'}"
+        config = configure("6.1", smp=1, memory_bytes=256 << 20, extra_args=("-icount", replay))
+        return launch(config, paused=mode == "replay")
+
+    with start("record") as vm:
+        assert vm.replayed() is None
+        with vm.qmp() as qmp:
+            assert wait_until(lambda: qmp.execute("query-replay")["icount"] > 200_000_000, 60)
+    with start("replay") as vm:
+        assert vm.replayed() == 0
+        t = shell_in("--vm", live.name, "--vm", vm.name, columns=200, rows=50)
+        t.wait(f"*1 {live.name} stopped  2 {vm.name} stopped", 120)
+        t.line(f"session {vm.name}")
+        t.wait(lambda: position(t, vm.name) > 0)
+        before = position(t, vm.name)
+        t.line("tbreak setup_arch")
+        t.line("continue")
+        t.wait("setup_arch+0x0 cpu 0>", 60)
+        assert position(t, vm.name) > before
+        t.line(f"session {live.name}")
+        t.wait(f"{live.name} ")
+        t.line("quit")
+        assert t.end() == 0
+    assert live.execute("echo alive").output == "alive\n"
+
+
+def position(terminal: Terminal, name: str) -> int:
+    """How many instructions a replay has come, by the last prompt."""
+    found = re.findall(rf"^{re.escape(name)} @([\d,]+) ", "\n".join(terminal.display()), re.M)
+    return int(found[-1].replace(",", "")) if found else 0

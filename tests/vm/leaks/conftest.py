@@ -41,6 +41,6 @@ def planted_in(clone_of: Callable[..., Any]) -> Callable[[str], Planted]:
     """Function that gives a guest of a kernel with the test modules."""
 
     def make(kernel: str) -> Planted:
-        return Planted(clone_of(kernel, 2, memory_bytes=256 << 20))
+        return Planted(clone_of(kernel, 2))
 
     return make

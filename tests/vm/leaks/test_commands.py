@@ -104,7 +104,7 @@ def test_a_reported_block_is_a_drgn_object(
 
 
 def test_what_cannot_be_looked_at_is_told(guest_of: Callable[..., Any], tmp_path: Path) -> None:
-    guest = guest_of(memory_bytes=256 << 20)
+    guest = guest_of()
     vm, ram = guest.vm, guest.session.ram
     heap = read_heap(guest.kernel, ram)
     number = next(n for n, c in enumerate(heap.slabs.caches) if c.name == "kmalloc-64")

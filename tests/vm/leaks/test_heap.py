@@ -13,9 +13,9 @@ from kgdbx.leaks.heap import read_heap
 from kgdbx.leaks.pages import PageKind
 
 
-@pytest.mark.parametrize(("kernel", "smp"), [("6.1", 4), ("6.12", 1)])
+@pytest.mark.parametrize(("kernel", "smp"), [("6.1", 4), ("6.12", 2)])
 def test_allocated_objects_are_drgns(guest_of: Callable[..., Any], kernel: str, smp: int) -> None:
-    guest = guest_of(kernel, smp, memory_bytes=256 << 20)
+    guest = guest_of(kernel, smp)
     with open_ram(guest.vm.info) as ram:
         heap = read_heap(guest.kernel, ram)
     assert heap.errors == []
