@@ -28,7 +28,7 @@ from kgdbx.resident.stop_clock import StopClock
 from kgdbx.resident.tier import ResidentTier
 from kgdbx.resident.verdict import Calls, Verdict, VerdictProbe
 from kgdbx.runner import Runner
-from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.symbols.elf import read_symbols
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop, Target
 from kgdbx.target.core import CoreRam
@@ -236,7 +236,7 @@ class Session:
         if loaded is not None:
             yield from sorted(s.name for s in modules.symbols(loaded) if s.is_function)
         elif path := modules.debug_file(module):
-            yield from sorted(set(ElfSymbols(path).function_names))
+            yield from read_symbols(path).function_names
 
     def parameter_names(self, place: str) -> tuple[str, ...]:
         """Names of the parameters of the function at a place, for completion."""

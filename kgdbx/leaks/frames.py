@@ -1,13 +1,13 @@
 """Stacks with names: of modules whose code may be gone when somebody asks for its lines."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kgdbx.errors import KgdbxError
 from kgdbx.symbols.dwarf import DebugFile
-from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.symbols.elf import read_symbols
+from kgdbx.symbols.file_cache import cached_by_file
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.lines import offset_lines
 from kgdbx.symbols.modules import LoadedModule
@@ -123,7 +123,7 @@ class FrameNames:
         if path is None:
             return "", 0
         self._files[function.module.name] = path
-        found = [s for s in _symbols(path).lookup(function.name) if s.section]
+        found = [s for s in read_symbols(path).lookup(function.name) if s.section]
         if len(found) != 1:
             return "", 0
         return found[0].section, found[0].address + address - function.address
@@ -157,11 +157,6 @@ def _in_tree(filename: str) -> str:
     return f"arch/{rest}" if arch else filename
 
 
-@functools.lru_cache(8)
-def _symbols(path: Path) -> ElfSymbols:
-    return ElfSymbols(path)
-
-
-@functools.lru_cache(8)
+@cached_by_file
 def _debug(path: Path) -> DebugFile:
     return DebugFile(path)

@@ -6,7 +6,7 @@ from kgdbx.arch.instruction import MAX_INSTRUCTION_BYTES, decode_all
 from kgdbx.errors import MemoryFault, ProbeError, SymbolError
 from kgdbx.probes.definition import ProbeDefinition, parse_definition
 from kgdbx.probes.probe import Point
-from kgdbx.symbols.elf import ElfSymbols, near_names
+from kgdbx.symbols.elf import near_names, read_symbols
 from kgdbx.symbols.kernel import Function, Kernel
 from kgdbx.symbols.lines import line_addresses
 from kgdbx.symbols.modules import LoadedModule
@@ -207,7 +207,7 @@ def _pending_notes(kernel: Kernel, module: str, function: str) -> tuple[str, ...
     path = kernel.modules.debug_file(module)
     if path is None:
         return (f"module {module!r} is not loaded, and there is no file of that name",)
-    elf = ElfSymbols(path)
+    elf = read_symbols(path)
     if not any(s.is_function for s in elf.lookup(function)):
         near = ", ".join(near_names(function, elf.function_names)) or "none"
         raise ProbeError(

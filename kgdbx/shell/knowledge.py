@@ -12,7 +12,7 @@ from kgdbx.errors import KgdbxError
 from kgdbx.shell.kernel_session import KernelSession
 from kgdbx.shell.name_index import NameIndex
 from kgdbx.shell.shell import Shell
-from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.symbols.elf import read_symbols
 
 __all__ = ("Knowledge",)
 
@@ -178,6 +178,6 @@ class Knowledge:
 
 
 def _read_names(path: Path) -> tuple[NameIndex, NameIndex]:
-    symbols = ElfSymbols(path)
+    symbols = read_symbols(path)
     functions = [name for name in symbols.function_names if not name.startswith("__pfx_")]
     return NameIndex(functions), NameIndex(symbols.names())

@@ -13,8 +13,9 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from kgdbx.errors import SymbolError
+from kgdbx.symbols.file_cache import cached_by_file
 
-__all__ = ("ELF64_SYM", "ElfSymbols", "Symbol", "build_id_from_notes", "near_names")
+__all__ = ("ELF64_SYM", "ElfSymbols", "Symbol", "build_id_from_notes", "near_names", "read_symbols")
 
 ELF64_SYM = np.dtype(
     {
@@ -93,40 +94,51 @@ class ElfSymbols:
         return len(self._table)
 
     @functools.cached_property
-    def _by_name(self) -> dict[str, list[int]]:
-        index: dict[str, list[int]] = {}
+    def _rows(self) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """First row of each name, and all rows of those names that occur more than once."""
         strings = self._strings
-        for row, start in enumerate(self._table["name"].tolist()):
-            name = strings[start : strings.index(b"\0", start)].decode("utf-8", "replace")
-            index.setdefault(name, []).append(row)
-        return index
+        starts = self._table["name"]
+        zeros = np.flatnonzero(np.frombuffer(strings, np.uint8) == 0)
+        ends = zeros[np.searchsorted(zeros, starts)]
+        slices = zip(starts.tolist(), ends.tolist(), strict=True)
+        names = [strings[start:end].decode("utf-8", "replace") for start, end in slices]
+        first: dict[str, int] = {}
+        repeated: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            if first.setdefault(name, row) != row:
+                repeated.setdefault(name, [first[name]]).append(row)
+        return first, repeated
 
     @functools.cached_property
     def function_names(self) -> tuple[str, ...]:
         """Sorted names of all functions."""
         functions = set(np.flatnonzero((self._table["info"] & 0xF) == _STT_FUNC).tolist())
-        return tuple(
-            sorted(name for name, rows in self._by_name.items() if functions.intersection(rows))
-        )
+        first, repeated = self._rows
+        found = {name for name, row in first.items() if row in functions}
+        found.update(name for name, rows in repeated.items() if functions.intersection(rows))
+        return tuple(sorted(found))
 
     def names(self) -> Iterator[str]:
         """Names of all symbols."""
-        return iter(self._by_name)
+        return iter(self._rows[0])
 
     def lookup(self, name: str) -> tuple[Symbol, ...]:
         """All symbols of one name, by address; empty if there is none."""
-        found = [self._symbol(row) for row in self._by_name.get(name, ())]
-        return tuple(dict.fromkeys(found))
+        first, repeated = self._rows
+        if name not in first:
+            return ()
+        rows = repeated.get(name, (first[name],))
+        return tuple(dict.fromkeys(self._symbol(row) for row in rows))
 
     def address(self, name: str) -> int:
         """Link-time address of a symbol that occurs once, or of its first.
 
         :raises SymbolError: if there is no such symbol
         """
-        rows = self._by_name.get(name)
-        if not rows:
+        row = self._rows[0].get(name)
+        if row is None:
             raise SymbolError(f"{self.path.name} has no symbol {name!r}", symbol=name)
-        return int(self._addresses[rows[0]])
+        return int(self._addresses[row])
 
     def containing(self, address: int) -> Symbol | None:
         """The function or object at a link-time address; functions win."""
@@ -168,6 +180,15 @@ class ElfSymbols:
         section = self.sections[shndx] if shndx < len(self.sections) else ""
         kind = int(entry["info"]) & 0xF
         return Symbol(name, int(entry["value"]), int(entry["size"]), kind == _STT_FUNC, section)
+
+
+@cached_by_file
+def read_symbols(path: Path) -> ElfSymbols:
+    """The symbols of a file, read once a process as long as it stays the same file.
+
+    :raises SymbolError: as :class:`ElfSymbols`
+    """
+    return ElfSymbols(path)
 
 
 def build_id_from_notes(notes: bytes) -> str:

@@ -11,6 +11,7 @@ from kgdbx.errors import SymbolError
 from kgdbx.symbols.dwarf import DebugFile
 from kgdbx.symbols.dwarf_data import ATTRIBUTE, TAG, find_all
 from kgdbx.symbols.dwarf_unit import Unit
+from kgdbx.symbols.file_cache import cached_by_file
 
 __all__ = ("InlineSite", "InlineSites", "inlined_instances")
 
@@ -51,13 +52,16 @@ class InlineSites:
 
 
 def inlined_instances(path: Path, name: str, timeout_s: float | None = None) -> InlineSites:
-    """Every place where a function was inlined and left code.
+    """Every place where a function was inlined and left code; each is searched once a process.
 
     :param path: vmlinux, or a module's ``.ko`` with debug information
     :param timeout_s: stop searching after this many seconds; a header's function is in more than
         a thousand source files
     :raises SymbolError: if the file has no function of this name, or no debug information
     """
+    known = _known(path)
+    if name in known:
+        return known[name]
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     debug = DebugFile(path)
     origins: set[int] = set()
@@ -81,7 +85,16 @@ def inlined_instances(path: Path, name: str, timeout_s: float | None = None) -> 
                 break
             found.update(_sites(unit, origins, hits))
     sites = sorted(found.values(), key=lambda site: (site.section, site.address))
-    return InlineSites(name, tuple(sites), truncated)
+    result = InlineSites(name, tuple(sites), truncated)
+    if not truncated:
+        known[name] = result
+    return result
+
+
+@cached_by_file
+def _known(path: Path) -> dict[str, InlineSites]:
+    # What was found in a file so far.
+    return {}
 
 
 def _sites(unit: Unit, origins: set[int], references: list[int]) -> dict[int, InlineSite]:

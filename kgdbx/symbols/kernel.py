@@ -10,7 +10,7 @@ from pathlib import Path
 import drgn
 
 from kgdbx.errors import MemoryFault, SymbolError
-from kgdbx.symbols.elf import ElfSymbols, Symbol, near_names
+from kgdbx.symbols.elf import ElfSymbols, Symbol, near_names, read_symbols
 from kgdbx.symbols.inlines import InlineSites, inlined_instances
 from kgdbx.symbols.kaslr import check_build_id, find_slide, run_to_kernel_entry
 from kgdbx.symbols.memory import KernelMemory
@@ -71,7 +71,6 @@ class Kernel:
         self.slide = slide
         self._ram_end = ram_end
         self._debug_modules = debug_modules
-        self._inlined: dict[str, InlineSites] = {}
         self._module_types: dict[str, drgn.Type] = {}
         self.memory = KernelMemory(target, vmlinux, slide)
         self.memory.attach(ram_end)
@@ -92,7 +91,7 @@ class Kernel:
         :raises BuildIdMismatch: if *vmlinux* is not the file of the running kernel
         :raises SymbolError: if no kernel starts in time
         """
-        symbols = ElfSymbols(vmlinux)
+        symbols = read_symbols(vmlinux)
         slide = find_slide(target, symbols)
         if slide is None:
             slide = run_to_kernel_entry(target, symbols, boot_timeout_s)
@@ -228,17 +227,12 @@ class Kernel:
         return found.type_ if found.address_ == function.address else None
 
     def inlined_instances(self, name: str, timeout_s: float) -> InlineSites:
-        """Where a function of vmlinux was inlined; each is searched once.
+        """Where a function of vmlinux was inlined.
 
         :param timeout_s: stop searching after this many seconds
         :raises SymbolError: if there is no function of this name
         """
-        found = self._inlined.get(name)
-        if found is None:
-            found = inlined_instances(self.vmlinux.path, name, timeout_s)
-            if not found.truncated:
-                self._inlined[name] = found
-        return found
+        return inlined_instances(self.vmlinux.path, name, timeout_s)
 
     def read_code(self, address: int, size_bytes: int) -> bytes:
         """Live bytes of code: alternatives, jump labels and ftrace have rewritten the file's.

@@ -9,7 +9,7 @@ import drgn.helpers.linux.list
 import numpy as np
 
 from kgdbx.errors import SymbolError
-from kgdbx.symbols.elf import ELF64_SYM, ElfSymbols, Symbol
+from kgdbx.symbols.elf import ELF64_SYM, ElfSymbols, Symbol, read_symbols
 from kgdbx.symbols.memory import KernelMemory
 
 __all__ = ("LoadedModule", "Modules", "section_addresses")
@@ -152,7 +152,7 @@ class Modules:
         return self._with_debug_info[key]
 
     def _load(self, module: LoadedModule, path: Path) -> bool:
-        elf = ElfSymbols(path)
+        elf = read_symbols(path)
         if not elf.has_debug_info:
             return False
         sections = section_addresses(elf, self.symbols(module))

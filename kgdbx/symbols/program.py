@@ -1,7 +1,9 @@
 """The drgn program over a target: types and objects of the live kernel."""
 
 import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 
 import drgn
@@ -14,6 +16,11 @@ from kgdbx.target.base import Target
 __all__ = ("make_program", "vmcoreinfo")
 
 _PHYSICAL_END = 1 << 52
+_MOST_LEFT = 4
+
+# Whose programs are in memory. Each is some 180 MB that Python's collector does not see, so that it
+# lets those of closed sessions, whose objects refer to one another, lie for long.
+_made_for: weakref.WeakSet[KernelMemory] = weakref.WeakSet()
 
 
 def vmcoreinfo(memory: KernelMemory, vmlinux: ElfSymbols, slide: int, osrelease: str) -> str:
@@ -48,6 +55,9 @@ def make_program(
     """
     if not vmlinux.has_debug_info:
         raise _no_debug_info(vmlinux)
+    if len(_made_for) >= _MOST_LEFT:
+        gc.collect()
+    _made_for.add(memory)
     banner = vmlinux.read(vmlinux.address("linux_banner"), 256).decode("ascii", "replace")
     program = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
     program.set_linux_kernel_custom(

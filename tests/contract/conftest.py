@@ -10,14 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from kgdbx.machine.snapshot import Template, clone, make_template
 from kgdbx.machine.sysrq import sysrq_g
 from kgdbx.machine.vm import Vm, configure
-from kgdbx.symbols.elf import ElfSymbols
+from kgdbx.symbols.elf import ElfSymbols, read_symbols
 from kgdbx.symbols.kaslr import find_slide
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.symbols.kgdb import kgdb_ram, kgdb_symbols
@@ -115,7 +114,7 @@ class VmGuest(Guest):
         ram = GuestRam(info.ram_file, info.memory_bytes, info.pid) if with_ram else None
         self.ram = ram
         self.target = attach(str(info.gdb_socket), ram=ram)
-        symbols = symbols_of(info.vmlinux)
+        symbols = read_symbols(info.vmlinux)
         slide = find_slide(self.target, symbols)
         assert slide is not None
         self._find(symbols, slide)
@@ -142,11 +141,6 @@ class VmGuest(Guest):
 
     def connect_to_nothing(self) -> Target:
         return self._attach("/nonexistent/gdb.sock")
-
-
-@functools.cache
-def symbols_of(vmlinux: Path) -> ElfSymbols:
-    return ElfSymbols(vmlinux)
 
 
 class KgdbGuest(VmGuest):
