@@ -65,7 +65,8 @@ class PacketConnection:
         self._unacknowledged = False
         self._last_sent = b""
         self._wake = Wake()
-        self._spin_end = 0.0
+        self._spin_end = self._sent = 0.0
+        self._stops_come_soon = True
         self._poll = select.poll()
         self._poll.register(stream, select.POLLIN)
         self._poll_wake = select.poll()
@@ -100,7 +101,8 @@ class PacketConnection:
             self._stream.sendall(data)
         except OSError as e:
             raise TargetLost(f"the connection to the stub is gone: {e.strerror}") from e
-        self._spin_end = time.monotonic() + _SPIN_S
+        self._sent = time.monotonic()
+        self._spin_end = self._sent + _SPIN_S
 
     def receive(self, timeout_s: float) -> bytes:
         """The payload of the next packet, unescaped.
@@ -145,8 +147,10 @@ class PacketConnection:
         naks = 0
         while True:
             packet, good = self._take_packet()
-            if good:
+            if packet is not None and good:
                 self._unacknowledged = True
+                if packet[:1] in (b"T", b"S"):  # a stop
+                    self._stops_come_soon = time.monotonic() - self._sent < _SPIN_S
                 return packet
             if packet is not None:
                 naks += 1
@@ -159,7 +163,8 @@ class PacketConnection:
                 raise TargetLost("the connection to the stub is closed")
             # With one answer after the other there would be no time to see the deadline.
             asked = poll is self._poll_wake and (self._wake.is_set or remaining == 0)
-            if not asked and self._spin(deadline):
+            spins = self._stops_come_soon or poll is not self._poll_wake
+            if spins and not asked and self._spin(deadline):
                 continue
             ready = poll.poll(None if remaining is None else remaining * 1000)
             if not ready or any(fd == self._wake.fileno() for fd, _ in ready):
@@ -167,8 +172,9 @@ class PacketConnection:
             self._fill()
 
     def _spin(self, deadline: float | None) -> bool:
-        # Whether something came at once. To be woken takes longer than most answers do; a peer
-        # that has not answered by then is not waited for like this a second time.
+        # Whether something came at once. To be woken takes longer than most answers do, and many
+        # stops; a peer that has not answered by then is not waited for like this a second time,
+        # nor is the stop after one that took its time: the guest needs the CPU more.
         end = self._spin_end if deadline is None else min(self._spin_end, deadline)
         while time.monotonic() < end:
             try:
