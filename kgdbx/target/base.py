@@ -99,6 +99,8 @@ class Capabilities:
     :ivar reads_while_running: memory can be read without stopping the kernel
     :ivar writes_while_running: guest-physical memory can be written without stopping the kernel
     :ivar writes_code: code can be written at a stop, though the kernel protects it
+    :ivar cheap_watchpoints: a stop at a watchpoint costs a fraction of one at a breakpoint, and
+        the kernel can run on between two handlers of a stop
     """
 
     hardware_breakpoints: int
@@ -107,6 +109,7 @@ class Capabilities:
     reads_while_running: bool
     writes_while_running: bool
     writes_code: bool = True
+    cheap_watchpoints: bool = False
 
 
 class Target(abc.ABC):
@@ -131,6 +134,18 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def running(self) -> bool:
         """Whether the kernel runs now."""
+
+    @property
+    def in_hit(self) -> bool:
+        """Whether a debugger that we are guests of waits for our answer to a stop: until then
+        :meth:`run` ends by another stop only, not by its time.
+        """
+        return False
+
+    def look_at(self, cpu: int) -> None:  # noqa: B027 (asked only where watchpoints are cheap)
+        """During a stop that is being handled: say which vCPU it is about, if that is not the one
+        that the stub reports. :meth:`run` and gdb tell of it.
+        """
 
     @abc.abstractmethod
     def cpus(self) -> tuple[int, ...]:

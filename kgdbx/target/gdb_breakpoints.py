@@ -15,17 +15,22 @@ Key = tuple[BreakpointKind, int, int]
 """Kind, guest-virtual address, and size in bytes."""
 
 _WORDS = {1: "unsigned char", 2: "unsigned short", 4: "unsigned int", 8: "unsigned long"}
+_LONGEST = "unsigned long"  # of what is longer, gdb watches the beginning
 
 
 class GdbBreakpoint(gdb.Breakpoint):
     """One of ours.
 
     :param ask: asked in place of a condition; whether gdb shall stop
+    :param made_at: number of the hit during which it is made; None if gdb asks about none
     :ivar retired_at: number of the hit during which it was removed
     """
 
-    def __init__(self, key: Key, ask: Callable[["GdbBreakpoint"], bool]) -> None:
+    def __init__(
+        self, key: Key, ask: Callable[["GdbBreakpoint"], bool], made_at: int | None
+    ) -> None:
         self.key = key
+        self.made_at = made_at
         self.retired_at = 0
         self._ask = ask
         kind, address, size_bytes = key
@@ -34,7 +39,7 @@ class GdbBreakpoint(gdb.Breakpoint):
         elif kind is BreakpointKind.HARDWARE:
             super().__init__(f"*{address:#x}", gdb.BP_HARDWARE_BREAKPOINT, internal=True)
         else:
-            expression = f"*({_WORDS[size_bytes]} *){address:#x}"
+            expression = f"*({_WORDS.get(size_bytes, _LONGEST)} *){address:#x}"
             classes = {
                 # gdb passes over a write that leaves the value as it was; this one never does.
                 # An argument of the function would be watched by single steps.
@@ -88,9 +93,14 @@ class GdbBreakpoints:
         """Whether one was removed that gdb has not deleted yet."""
         return any(each.key == key for each in self._retired)
 
-    def insert(self, key: Key) -> None:
+    def made_during(self, hit: int) -> list[Key]:
+        """What was inserted during a hit: gdb puts it into the guest when it goes on."""
+        return [key for key, each in self._inserted.items() if each.made_at == hit]
+
+    def insert(self, key: Key, hit: int | None) -> None:
         """Insert a breakpoint or watchpoint.
 
+        :param hit: number of the hit that gdb asks about; None if it asks about none
         :raises ProbeError: EBUSY if it is there; ENOSPC if there is no debug register, or gdb
             refuses it
         """
@@ -101,10 +111,11 @@ class GdbBreakpoints:
             if retired.key == key:
                 self._retired.remove(retired)
                 retired.enabled = True
+                retired.made_at = hit
                 self._inserted[key] = retired
                 return
         try:
-            self._inserted[key] = GdbBreakpoint(key, self._ask)
+            self._inserted[key] = GdbBreakpoint(key, self._ask, hit)
         except (gdb.error, RuntimeError) as e:
             raise ProbeError(
                 f"gdb refuses a {kind.name} breakpoint at {address:#x}: {e}", errno.ENOSPC
@@ -162,6 +173,11 @@ class GdbBreakpoints:
     def are_all(self) -> bool:
         """Whether gdb has no other breakpoints."""
         return len(gdb.breakpoints()) == len(self._inserted) + len(self._retired)
+
+    @property
+    def has_users(self) -> bool:
+        """Whether breakpoints of the user are enabled."""
+        return any(b.enabled for b in gdb.breakpoints() if not isinstance(b, GdbBreakpoint))
 
 
 class _New(gdb.Function):

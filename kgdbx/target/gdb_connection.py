@@ -63,6 +63,12 @@ class GdbConnection:
             raise TargetLost(f"the guest at {self.name} is gone")
         return max(0, int(thread.ptid[1]) - 1)
 
+    def select(self, cpu: int) -> None:
+        """Have gdb's user look at the thread of a vCPU."""
+        for thread in gdb.selected_inferior().threads():
+            if max(0, int(thread.ptid[1]) - 1) == cpu:
+                thread.switch()
+
     def max_packet_bytes(self) -> int:
         """Largest packet that the stub takes.
 

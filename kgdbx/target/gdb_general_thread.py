@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import gdb
 
 from kgdbx.errors import Unsupported
+from kgdbx.target import stub
+from kgdbx.target.base import Stop, StopReason
 from kgdbx.target.gdb_connection import GdbConnection
 
 __all__ = ("GeneralThread",)
@@ -45,6 +47,22 @@ class GeneralThread:
         self._flush()
         gdb.newest_frame().pc()  # gdb selects its thread in the stub to read this
         return self._connection.selected_cpu()
+
+    def run_past_gdb(self, packet: bytes) -> Stop:
+        """Have the stub run vCPUs until a stop, of which gdb is told nothing.
+
+        :param packet: ``vCont`` and its actions
+        """
+        here, stop = self.current(), None
+        try:
+            stop = stub.parse_stop(self._connection.exchange(packet))
+        finally:
+            self.forget_registers()
+            gone = not self._connection.alive or (stop and stop.reason is StopReason.EXITED)
+            if not gone and (stop is None or stop.cpu != here):
+                # gdb_set_stop_cpu() in gdbstub/gdbstub.c
+                self._connection.expect_ok(b"Hg" + self._connection.threads()[here])
+        return stop
 
     @contextlib.contextmanager
     def selected(self, cpu: int) -> Iterator[None]:

@@ -22,8 +22,11 @@ class GdbHits:
     :param on_stop: asked at each hit under the user's own ``continue`` whether the kernel is to
         run on
     :param on_hit: called at the beginning of each hit
+    :param next_stop: asked when a hit was handled: another stop of its vCPU, which gdb does not
+        know of
     :ivar cpu: the vCPU of the hit that gdb asks about; None if it asks about none
     :ivar stop: the kernel's last stop
+    :ivar looked_at: the vCPU that the user is to look at, if it is not the one that gdb reports
     :ivar errors: what was raised under the user's own ``continue``
     """
 
@@ -37,9 +40,11 @@ class GdbHits:
         *,
         on_stop: Callable[[Stop], bool],
         on_hit: Callable[[], None],
+        next_stop: Callable[[int], Stop | None],
     ) -> None:
         self.cpu: int | None = None
         self.stop = Stop(0, StopReason.INTERRUPT, None, 2)
+        self.looked_at: int | None = None
         self.errors: list[BaseException] = []
         self._connection = connection
         self._general_thread = general_thread
@@ -48,6 +53,7 @@ class GdbHits:
         self._selected_cpu = selected_cpu
         self._on_stop = on_stop
         self._on_hit = on_hit
+        self._next_stop = next_stop
         self._count = 0
         self._pc: int | None = None  # where handlers have sent the vCPU
         self._printed = False
@@ -61,6 +67,11 @@ class GdbHits:
         """A vCPU's program counter was changed."""
         if cpu == self.cpu:
             self._pc = pc
+
+    def look_at(self, cpu: int) -> None:
+        """As :meth:`~kgdbx.target.base.Target.look_at`."""
+        self.stop = dataclasses.replace(self.stop, cpu=cpu)
+        self.looked_at = cpu
 
     def ask(self, question: Callable[[], bool]) -> bool:
         """Whether gdb shall stop: what a question gives, or True if it raises."""
@@ -85,10 +96,13 @@ class GdbHits:
         self._on_hit()
         self.cpu = cpu = self._selected_cpu()
         self._general_thread.begin_hit(cpu)
-        self._pc = None
+        self._pc = self.looked_at = None
         self.stop = stop = Stop(cpu, reason, watched)
         try:
             keep = self._dispatch(stop)
+            while keep and (again := self._next_stop(cpu)) is not None:
+                self.stop = again
+                keep = self._dispatch(again)
             if elsewhere_than is not None:
                 self._breakpoints.delete_retired_before(self._count, elsewhere_than)
         finally:
@@ -96,6 +110,7 @@ class GdbHits:
             self._general_thread.end_hit()
         if not keep:
             return True
+        self.looked_at = None
         return self._pc is not None and self._hands_over(self._pc)
 
     def stop_at_interrupt(self) -> bool:
@@ -112,7 +127,7 @@ class GdbHits:
         try:
             keep = callback is not None and bool(callback(stop))
         except KeyboardInterrupt:
-            stop = dataclasses.replace(stop, reason=StopReason.INTERRUPT, signal=2)
+            self.stop = dataclasses.replace(self.stop, reason=StopReason.INTERRUPT, signal=2)
         except Exception as e:  # gdb must not see it in the middle of a stop
             if run is not None:
                 run.error = run.error or e
@@ -121,7 +136,7 @@ class GdbHits:
                 keep = self._connection.alive
         if run is not None:
             keep = keep and not self._run_control.is_ending
-            run.hit = None if keep else stop
+            run.hit = None if keep else self.stop
         elif keep and self._run_control.stop_requested:
             keep = False
             self.stop = dataclasses.replace(stop, reason=StopReason.INTERRUPT, signal=2)

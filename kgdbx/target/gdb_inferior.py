@@ -61,6 +61,7 @@ class GdbInferior(Target):
             self._selected_cpu,
             on_stop=lambda stop: self.on_stop is not None and self.on_stop(stop),
             on_hit=lambda: self.on_hit(),
+            next_stop=self._next_stop,
         )
         self.errors = self._hits.errors
         gdb.events.stop.connect(self._on_stop_event)
@@ -112,7 +113,7 @@ class GdbInferior(Target):
 
     def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._require_stopped("a breakpoint")
-        self._breakpoints.insert((kind, address, size_bytes))
+        self._breakpoints.insert((kind, address, size_bytes), self._hits.number)
 
     def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
         self._breakpoints.remove((kind, address, size_bytes), self._hits.number)
@@ -148,6 +149,8 @@ class GdbInferior(Target):
         idle_s: float = IDLE_S,
     ) -> Stop | None:
         self._require_stopped("running")
+        if self.in_hit:
+            raise Unsupported("the kernel cannot run on during a hit; do this at gdb's prompt")
         stop = self._run_control.run(on_stop, timeout_s, on_idle, idle_s)
         if stop is not None:
             self._hits.stop = stop
@@ -196,9 +199,16 @@ class GdbInferior(Target):
     ) -> bool:
         return self._hits.handle(reason, watched, elsewhere_than)
 
+    def _next_stop(self, cpu: int) -> Stop | None:
+        # Another stop of the vCPU whose hit was handled, which gdb would pass over.
+        return None
+
     # gdb
 
     def _on_stop_event(self, event: Any) -> None:
+        if self._hits.looked_at is not None:
+            self._connection.select(self._hits.looked_at)
+            self._hits.looked_at = None
         if self.in_run:
             return
         self._run_control.stop_requested = False

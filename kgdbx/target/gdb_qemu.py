@@ -1,15 +1,23 @@
 """A kernel behind QEMU's stub over gdb's own connection; runs inside gdb's Python."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gdb
 
 from kgdbx.arch.registers import Registers
 from kgdbx.errors import Unsupported
 from kgdbx.target import stub
-from kgdbx.target.base import DEBUG_REGISTERS, Capabilities, Stop, StopReason
+from kgdbx.target.base import (
+    DEBUG_REGISTERS,
+    IDLE_S,
+    BreakpointKind,
+    Capabilities,
+    Stop,
+    StopReason,
+)
 from kgdbx.target.gdb_inferior import GdbInferior
+from kgdbx.target.gdb_run_in_hit import RunInHit
 from kgdbx.target.gdb_settings import GdbSettings
 from kgdbx.target.ram import GuestRam
 
@@ -41,6 +49,7 @@ class GdbTarget(GdbInferior):
         return GdbSettings({"remote swbreak-feature-packet": "on"})
 
     def _learn(self) -> None:
+        self._run_in_hit = RunInHit(self._connection, self._general_thread, self._breakpoints)
         exchange = self._connection.exchange
         self._packet_bytes = self._connection.max_packet_bytes()
         self._hits.stop = Stop(self._selected_cpu(), StopReason.INTERRUPT, None, 2)
@@ -52,6 +61,7 @@ class GdbTarget(GdbInferior):
             physical_memory=physical,
             reads_while_running=self._ram is not None,
             writes_while_running=self._ram is not None,
+            cheap_watchpoints=True,
         )
 
     @property
@@ -127,6 +137,51 @@ class GdbTarget(GdbInferior):
             self._hits.moved(cpu, changed["rip"])
         self._general_thread.forget_registers()
 
+    # Breakpoints
+
+    def insert_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        super().insert_breakpoint(kind, address, size_bytes)
+        self._run_in_hit.insert((kind, address, size_bytes))
+
+    def remove_breakpoint(self, kind: BreakpointKind, address: int, size_bytes: int = 1) -> None:
+        super().remove_breakpoint(kind, address, size_bytes)
+        self._run_in_hit.remove((kind, address, size_bytes))
+
+    # Run control
+
+    def look_at(self, cpu: int) -> None:
+        if self.in_hit:
+            self._hits.look_at(cpu)
+        else:
+            self._connection.select(cpu)
+
+    def run(
+        self,
+        on_stop: Callable[[Stop], bool] | None = None,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] | None = None,
+        idle_s: float = IDLE_S,
+    ) -> Stop | None:
+        hit = self._hits.number
+        if hit is None:
+            return super().run(on_stop, timeout_s, on_idle, idle_s)
+        before = self._hits.stop
+        try:
+            return self._run_in_hit.run(hit, lambda s: self._stop_in_hit(s, on_stop), timeout_s)
+        finally:
+            self._hits.stop = before
+
+    def _stop_in_hit(self, stop: Stop, on_stop: Callable[[Stop], bool] | None) -> bool:
+        self._hits.stop = stop
+        return on_stop is not None and on_stop(stop)
+
+    def _next_stop(self, cpu: int) -> Stop | None:
+        if not self._run_in_hit.has_run:
+            return None
+        self._run_in_hit.has_run = False
+        at_ours = self._breakpoints.at(self.read_registers(cpu).rip) is not None
+        return Stop(cpu, StopReason.TRAP) if at_ours else None
+
     # Steps
 
     def step(self, cpu: int) -> Stop:
@@ -140,12 +195,10 @@ class GdbTarget(GdbInferior):
         return self._hits.stop
 
     def _step_once(self, cpu: int) -> None:
-        threads = self._connection.threads()
-        here = self._general_thread.current()
-        self._hits.stop = stub.parse_stop(self._exchange(b"vCont;s:" + threads[cpu]))
-        if self._hits.stop.cpu != here:  # gdb_set_stop_cpu() in gdbstub/gdbstub.c
-            self._connection.expect_ok(b"Hg" + threads[here])
-        self._general_thread.forget_registers()
+        packet = b"vCont;s:" + self._connection.threads()[cpu]
+        hit = self._hits.number
+        with contextlib.nullcontext() if hit is None else self._run_in_hit.breakpoints(hit):
+            self._hits.stop = self._general_thread.run_past_gdb(packet)
 
     def _about(self, cpu: int | None) -> contextlib.AbstractContextManager[None]:
         # Packets about memory and registers mean this vCPU.

@@ -141,7 +141,8 @@ class GdbRunControl:
         # A stop may come just before a breakpoint is hit, which must not be missed then.
         pc = int(gdb.newest_frame().pc())
         if self._breakpoints.at(pc) and not any(user_breakpoints(pc)):
-            command = f"jump *{pc:#x}"  # to where it is: 'continue' would step over the breakpoint
+            # 'continue' would step over it. gdb asks if an inlined function is there.
+            command = f"with confirm off -- jump *{pc:#x}"
         with quiet():
             written = self._connection.execute(command)
         # Events that were shown while the kernel ran are among it.

@@ -73,6 +73,7 @@ class RspTarget(RunLoop):
                 physical_memory=physical,
                 reads_while_running=ram is not None,
                 writes_while_running=ram is not None,
+                cheap_watchpoints=True,
             )
         except BaseException:
             self._connection.close()

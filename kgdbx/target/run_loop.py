@@ -1,6 +1,7 @@
 """The run of a kernel from stop to stop, over a line of our own."""
 
 import abc
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -16,10 +17,14 @@ class RunLoop(Target):
     """The part of a target that goes from stop to stop; mixed into one that has a connection."""
 
     _running: bool
+    _looked_at: int | None = None
 
     @property
     def running(self) -> bool:
         return self._running
+
+    def look_at(self, cpu: int) -> None:
+        self._looked_at = cpu
 
     def run(
         self,
@@ -56,8 +61,10 @@ class RunLoop(Target):
                     return None
                 continue
             self._require_not_exited(stop)
+            self._looked_at = None
             if on_stop is None or not on_stop(stop):
-                return stop
+                cpu = self._looked_at
+                return stop if cpu is None else dataclasses.replace(stop, cpu=cpu)
 
     def _break_in(self, on_stop: Callable[[Stop], bool] | None) -> None:
         # A breakpoint may have been faster than our break-in: it counts as any other.
