@@ -138,13 +138,16 @@ static __always_inline const u64 *stack_end(const u64 *sp)
 	return top - (u64)sp < STACK_BYTES ? (const u64 *)top : sp;
 }
 
-/* push $slot: only such words in the window stand for a return address. */
+/* What a return stub names: push $slot. */
 static __always_inline const struct slot *slot_of(u64 stub)
 {
 	return (const struct slot *)(s64) * (const s32 *)(stub + 1);
 }
 
-/* A word on a stack may be any number: nothing is read but what is mapped, and ours. */
+/*
+ * Whether a word on a stack stands for a return address. It may be any number: nothing is read but
+ * what is mapped, and ours.
+ */
 static __always_inline bool is_stub(u64 word)
 {
 	const struct slot *slot;

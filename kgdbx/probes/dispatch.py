@@ -18,6 +18,7 @@ class Dispatcher:
     :param returns: the calls that kretprobes follow
     :param promotion: told of each hit
     :ivar stray_stops: stops at no breakpoint of ours
+    :ivar stood_at: the vCPU whose handler was the last to ask for a stop
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class Dispatcher:
         returns: ReturnTable,
         promotion: Promotion,
     ) -> None:
-        self.stray_stops = 0
+        self.stray_stops = self.stood_at = 0
+        self._inside = False
+        self._must_stand: int | None = None
         self._promotion = promotion
         self._kernel = kernel
         self._sites = sites
@@ -40,8 +43,29 @@ class Dispatcher:
 
         :return: True to let the kernel run on
         """
+        if self._inside:
+            return self._handle(stop)
+        self._inside, self._must_stand = True, None
+        try:
+            goes_on = self._handle(stop)
+        finally:
+            self._inside = False
+        if goes_on and self._must_stand is not None:
+            self._stand_at(self._must_stand)
+            return False
+        return goes_on
+
+    def stand_later(self) -> None:
+        """Leave the kernel standing at the end of the stop that is being handled.
+
+        A handler asked for it while the guest made calls for what goes on there.
+        """
+        self._must_stand = self.stood_at
+
+    def _handle(self, stop: Stop) -> bool:
         self._kernel.stopped()
         if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
+            self.stood_at = stop.cpu
             return False
         doorbell = self._promotion.doorbell
         if doorbell is not None:
@@ -62,7 +86,15 @@ class Dispatcher:
             self._sites.handling = outer
             target.write_registers(stop.cpu, hit.regs)
             self._sites.remove_stale()
-        return not hit.stop_requested and self._promotion.promote_busy()
+        if hit.stop_requested:
+            self._stand_at(stop.cpu)
+            return False
+        self._promotion.promote_busy()
+        return True
+
+    def _stand_at(self, cpu: int) -> None:
+        self.stood_at = cpu
+        self._kernel.target.look_at(cpu)
 
     def settle(self) -> None:
         """Handle the hits that wait; the kernel stands, and was not stopped by one of them."""
@@ -85,6 +117,8 @@ class Dispatcher:
                     if resume is not None:
                         self._on_breakpoint(hit)
                 finally:
+                    if hit.stop_requested and not stands:
+                        self._stand_at(cpu)
                     stands = stands or hit.stop_requested
                     doorbell.release(cpu, hit.regs, resume, stands=hit.stop_requested)
         finally:
@@ -104,7 +138,8 @@ class Dispatcher:
             hit.address = site.address
             self._run_site(site, hit)
             # What follows may be another site: it must not be run past.
-            next_site = None if site.only_looks else self._sites.at(hit.regs.rip)
+            goes_behind = site.only_looks or site.is_shared
+            next_site = None if goes_behind else self._sites.at(hit.regs.rip)
             if next_site is None and self._promotion.doorbell is not None:
                 site.pass_patched(hit)
             site = None if next_site is site else next_site
@@ -129,9 +164,12 @@ class Dispatcher:
             for attachment in attachments:
                 if attachment.probe.active:
                     attachment.after(hit)
-        if hit.stop_requested and self._kernel.function_at(hit.regs.rip) is None:
-            # It went into code of ours, which would tell the user nothing: the kernel stands
-            # where it was hit, and that is no second hit when it goes on.
+        if hit.stop_requested and (
+            self._kernel.function_at(hit.regs.rip) is None
+            or (site.is_shared and hit.regs.rip == site.resume)
+        ):
+            # It would go into code of ours, which would tell the user nothing, or miss it: the
+            # kernel stands where it was hit, and that is no second hit when it goes on.
             hit.regs.rip = site.address
             site.left_standing[hit.cpu] = hit.regs.rsp
 

@@ -165,7 +165,8 @@ class ProbeManager:
         """As :meth:`on_stop`, for stops while the guest makes calls for us: it goes on in any
         case, and what a handler asked for comes after them.
         """
-        self.promotion.must_stand |= not self.on_stop(stop)
+        if not self.on_stop(stop):
+            self._dispatcher.stand_later()
         return True
 
     def settle(self) -> None:

@@ -17,13 +17,11 @@ class Promotion:
 
     :ivar doorbell: makes them; None if there can be none
     :ivar placing: entered while several are placed
-    :ivar must_stand: whether a stop while one was made is to leave the kernel standing
     """
 
     def __init__(self, sites: Sites) -> None:
         self.doorbell: Doorbell | None = None
         self.placing: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.must_stand = False
         self._sites = sites
         self._busy: list[Site] = []
         self._promoting = False
@@ -33,21 +31,23 @@ class Promotion:
         if site.hits == _BUSY_HITS and site.can_ring and not site.is_ours:
             self._busy.append(site)
 
-    def promote_busy(self) -> bool:
-        """Promote what is hit often; whether the kernel may run on."""
+    def promote_busy(self) -> None:
+        """Promote what is hit often."""
         # The guest runs meanwhile, and other probes may be hit, and become busy.
         if self._promoting or self.doorbell is None:
-            return True
+            return
         self._promoting = True
-        self.must_stand = False
+        busy = bool(self._busy)
         try:
             while self._busy:
                 site = self._busy.pop()
-                if self._sites.at(site.address) is site and site.can_ring:
+                still = self._sites.at(site.address) is site and site.resume is None
+                if still and site.can_ring:
                     self._promote(self.doorbell, [site], only_looks=False)
         finally:
             self._promoting = False
-        return not self.must_stand
+        if busy:
+            self.promote_own()
 
     def promote_own(self) -> None:
         """Promote the sites of kgdbx's own probes, once the guest has code of ours anyway.
@@ -81,12 +81,13 @@ class Promotion:
                         made[site] = doorbell.insert(site.address, only_looks=only_looks)
                     except KgdbxError as e:
                         site.unpromoted = str(e)
+            if made:
+                doorbell.watch()
         except KgdbxError as e:
             for site in made:
                 doorbell.remove(site.address)
                 site.unpromoted = str(e)
             return
-        doorbell.watch()
         for site, resume in made.items():
             site.promote(doorbell, resume, only_looks=only_looks)
 

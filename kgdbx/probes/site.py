@@ -64,6 +64,9 @@ class Doorbell(Protocol):
     def place(self, address: int) -> int:
         """Where the jump is that is there for an address."""
 
+    def is_shared(self, address: int) -> bool:
+        """Whether code that is in the guest for others sees the hit after it."""
+
     def rang(self, stop: Stop) -> bool:
         """Whether a stop is one of these."""
 
@@ -135,6 +138,11 @@ class Site:
         self.only_looks = only_looks
         self._doorbell = doorbell
         self._kernel.target.remove_breakpoint(self.kind, self.address)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a doorbell, and code of others behind it that is to see the hit."""
+        return self._doorbell is not None and self._doorbell.is_shared(self.address)
 
     @property
     def jumps_from(self) -> int | None:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
 from kgdbx.errors import ProbeError
-from kgdbx.resident.bells import BELL_WATCH_BYTES, Bell
+from kgdbx.resident.bells import BELL_WATCH_BYTES
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.program import Program
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
 
 __all__ = ("Doorbell",)
+
+# It is only ever written. But gdb compares values for a watchpoint that sees writes alone.
+_WATCH = BreakpointKind.WATCH_ACCESS
 
 
 class Doorbell:
@@ -39,11 +42,11 @@ class Doorbell:
     def insert(self, address: int, *, only_looks: bool) -> int:
         """Have a function ring; in a batch of the engine's, at its end.
 
-        The vCPU that rang does the displaced instructions in our code. With registers that a
-        handler has changed it would have to skip them, so they are a NOP, as ftrace leaves it.
+        The vCPU that rang does the displaced instructions in our code. Where a handler has it
+        leave, or the kernel stand, it would skip them, so they are a NOP, as ftrace leaves it.
 
         :param address: of its entry
-        :param only_looks: handlers change no register: any instructions may give way
+        :param only_looks: handlers only look: any instructions may give way
         :return: the address that it goes on at
         :raises ProbeError: if its code cannot be patched, or the guest has no memory left
         """
@@ -68,8 +71,6 @@ class Doorbell:
         self._let_go(program.displacement.address)
         del self._places[program.displacement.address]
         self._engine.uninstall([program])
-        if not self._programs:
-            self._unwatch()
 
     def place(self, address: int) -> int:
         """Where the jump is that is there for an address: behind an ``endbr64``."""
@@ -90,11 +91,18 @@ class Doorbell:
 
     def hits(self) -> Iterator[tuple[int, int, Registers, int]]:
         """vCPU, probed address, registers and time stamp of each vCPU that waits, in the order
-        of the hits."""
-        for bell in sorted(self._waiting(), key=lambda bell: bell.tsc):
-            address = self._places[bell.address]
-            bell.regs.rip = address
-            yield bell.cpu, address, bell.regs, bell.tsc
+        of the hits. One that was on its way when its probe was taken out goes on."""
+        engine = self._engine
+        for n, bell in enumerate(sorted(engine.waiting(), key=lambda bell: bell.tsc)):
+            # A handler may have let the guest run: then one may have given up, and rung again.
+            if n and (bell.cpu, bell.tsc) not in ((b.cpu, b.tsc) for b in engine.waiting()):
+                continue
+            address = self._places.get(bell.address)
+            if address is None:
+                engine.answer(bell.cpu)
+            else:
+                bell.regs.rip = address
+                yield bell.cpu, address, bell.regs, bell.tsc
 
     def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
         """Let a vCPU go on.
@@ -103,47 +111,41 @@ class Doorbell:
         :param resume: where it would go on by itself; None if its probe is gone
         :param stands: the kernel is left standing: show the vCPU where the user expects it
         """
-        bells = self._engine.bells
-        assert bells is not None
-        bells.answer(self._engine.host, cpu)
-        if stands or regs.rip != resume or regs.changed.keys() - {"rip"}:
+        leaves = regs.rip != resume
+        if stands:
             # Out of our code altogether, with a whole new set of registers.
+            self._engine.free_bell(cpu)
             target = self._kernel.target
             actual = target.read_registers(cpu)
             for name in (*GENERAL_REGISTERS, "eflags"):
                 actual[name] = regs[name]
             target.write_registers(cpu, actual)
+        elif leaves or regs.changed.keys() - {"rip"}:
+            self._engine.answer(cpu, regs, leaves=leaves)
+        else:
+            self._engine.answer(cpu)
+
+    def is_shared(self, address: int) -> bool:
+        """Whether there is more than one probe of ours in the guest where it rings."""
+        return self._engine.is_shared(self._programs[address].displacement)
 
     def _let_go(self, place: int) -> None:
         # Who waits at a probe that is taken out goes on as if it had not been there.
-        engine = self._engine
-        for bell in self._waiting():
-            if bell.address == place and engine.bells is not None:
-                engine.bells.answer(engine.host, bell.cpu)
-
-    def _waiting(self) -> tuple[Bell, ...]:
-        engine = self._engine
-        if engine.bells is None:
-            return ()
-        bases = {cpu: engine.gs_base(cpu) for cpu in range(engine.bells.cpus)}
-        return tuple(engine.bells.waiting(engine.host, bases))
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._unwatch()
+        for bell in self._engine.waiting():
+            if bell.address == place:
+                self._engine.answer(bell.cpu)
 
     def watch(self) -> None:
         """Have the stub stop the kernel when one rings."""
-        bells = self._engine.bells
-        if self._watched is None and bells is not None:
-            self._kernel.target.insert_breakpoint(
-                BreakpointKind.WATCH_WRITE, bells.watched, BELL_WATCH_BYTES
-            )
-            self._watched = bells.watched
+        watched = self._engine.watched
+        if self._watched is None and watched is not None:
+            self._kernel.target.insert_breakpoint(_WATCH, watched, BELL_WATCH_BYTES)
+            self._watched = watched
 
-    def _unwatch(self) -> None:
+    def close(self) -> None:
+        """Stop watching. Until then it is watched, with a probe or without: somebody may be on the
+        way to it.
+        """
         if self._watched is not None:
-            self._kernel.target.remove_breakpoint(
-                BreakpointKind.WATCH_WRITE, self._watched, BELL_WATCH_BYTES
-            )
+            self._kernel.target.remove_breakpoint(_WATCH, self._watched, BELL_WATCH_BYTES)
             self._watched = None

@@ -5,8 +5,9 @@ import functools
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from kgdbx.arch.registers import Registers
 from kgdbx.errors import ProbeError
-from kgdbx.resident.bells import Bells
+from kgdbx.resident.bells import Bell
 from kgdbx.resident.build import Builder
 from kgdbx.resident.clock import IDENTITY, Clock
 from kgdbx.resident.compile.aggregate import MapShape
@@ -91,9 +92,36 @@ class Engine:
         return tuple(self._holding.streams.values()) if self._holding is not None else ()
 
     @property
-    def bells(self) -> Bells | None:
-        """Where hits wait for the host, if any probe has them do so."""
-        return self._holding.bells if self._holding is not None else None
+    def watched(self) -> int | None:
+        """Guest-virtual address of the word that those write who wait for the host, if any do."""
+        bells = self._holding.bells if self._holding is not None else None
+        return bells.watched if bells is not None else None
+
+    def waiting(self) -> tuple[Bell, ...]:
+        """The vCPUs that wait for the host now. The kernel stands."""
+        holding = self._holding
+        if holding is None or holding.bells is None:
+            return ()
+        return tuple(holding.bells.waiting(self.host, holding.per_cpu_offsets))
+
+    def answer(self, cpu: int, regs: Registers | None = None, *, leaves: bool = False) -> None:
+        """Let a vCPU go on when the kernel runs.
+
+        :param regs: what it shall go on with; None for what it has
+        :param leaves: whether it goes where they say, and not to what else is at the place
+        """
+        assert self._holding is not None and self._holding.bells is not None
+        self._holding.bells.answer(self.host, cpu, regs, leaves=leaves)
+
+    def free_bell(self, cpu: int) -> None:
+        """Forget a vCPU that waits for the host: it is taken elsewhere."""
+        assert self._holding is not None and self._holding.bells is not None
+        self._holding.bells.free(self.host, cpu)
+
+    def is_shared(self, displacement: Displacement) -> bool:
+        """Whether there are several probes of ours at a place."""
+        site = self._jumps.site(displacement.address)
+        return site is not None and len(site.programs) > 1
 
     @property
     def clock(self) -> Clock:
@@ -109,11 +137,6 @@ class Engine:
     def calling(self) -> bool:
         """Whether the guest makes calls for us now, and the rest has to wait."""
         return self._caller.calling
-
-    def gs_base(self, cpu: int) -> int:
-        """The kernel's ``gs`` base on a vCPU."""
-        assert self._holding is not None
-        return self._holding.per_cpu_offsets[cpu]
 
     @property
     def in_batch(self) -> bool:
@@ -210,8 +233,9 @@ class Engine:
                 address, Site(program.displacement, list(old.programs) if old else [])
             )
             site.programs.append(program)
-            # What only looks comes first: it sees the call whatever is decided of it.
-            site.programs.sort(key=lambda p: p.decision is not None)
+            # The host comes first, as with a breakpoint, and what decides of the call comes last:
+            # all others see it.
+            site.programs.sort(key=lambda p: (p.kind != "bell", p.decision is not None))
         stubs = self._builder.build(holding, changed, programs)
         if holding.clock is None:
             self._caller.run(holding.sample_clock())
@@ -292,7 +316,7 @@ class Engine:
             self._let_go(holding)
             return
         code = holding.code.heap.ranges
-        if not self.quiescence.wait_until_unused(code, self.returns.settle):
+        if not self.quiescence.wait_until_unused(code, self._settle):
             holding.journal.leave()
             self._holding = None
             raise ProbeError(
@@ -303,6 +327,11 @@ class Engine:
         memory = holding.memory
         self._caller.run(memory.give_back(memory.blocks, memory.percpu))
         self._let_go(holding)
+
+    def _settle(self) -> bool:
+        for bell in self.waiting():  # it was on its way when its probe was taken out
+            self.answer(bell.cpu)
+        return self.returns.settle()
 
     def _let_go(self, holding: Holding) -> None:
         holding.journal.close()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kgdbx.arch.registers import Registers
-from kgdbx.errors import ProbeError, TargetTimeout
+from kgdbx.errors import ProbeError, TargetTimeout, Unsupported
 from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
 
@@ -115,6 +115,10 @@ class _Run(Generic[_T]):
                 stop = self._target.run(self._on_stop, _CAPTURE_S)
             if stop is None and self._cpu is not None and not self._finished:
                 self._target.run(self._on_stop, _CALL_S)
+        except Unsupported:  # the guest has not run
+            if self._cpu is not None and not self._finished:
+                self._give_back(self._target.read_registers(self._cpu))
+            raise
         finally:
             if inserted:
                 self._remove(self._entry)
@@ -181,10 +185,13 @@ class _Run(Generic[_T]):
             regs.eflags &= ~_INTERRUPTS
             self._target.write_registers(self._cpu or 0, regs)
             return True
+        self._give_back(regs)
+        return False
+
+    def _give_back(self, regs: Registers) -> None:
         assert self._saved is not None
         regs.restore(self._saved)
         self._target.write_registers(self._cpu or 0, regs)
-        return False
 
 
 def _hidden_ret(kernel: Kernel) -> int:

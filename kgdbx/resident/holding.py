@@ -176,8 +176,10 @@ class Holding:
         heap = self.code.heap
         if not heap.fits(size_bytes):
             known = self._known
-            caller.run(heap.room(size_bytes))
-            self._note_new(known)
+            try:
+                caller.run(heap.room(size_bytes))
+            finally:
+                self._note_new(known)
             self.journal.note(code=heap.ranges[-1])
         return self.code.take(size_bytes)
 

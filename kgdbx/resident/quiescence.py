@@ -26,8 +26,8 @@ class Quiescence:
 
     @property
     def must_stand(self) -> bool:
-        """Whether a handler runs: the guest must not go on from there."""
-        return self._caller.handling() is not None
+        """Whether the guest must not run on for a moment: a handler runs, or gdb waits for us."""
+        return self._caller.handling() is not None or self._kernel.target.in_hit
 
     def run_on(self) -> None:
         """Let the guest run for a moment.

@@ -146,8 +146,7 @@ _RETURN_HEADER = """\
 _BELL = """\
 u64 decide_{n}(struct regs *regs, struct probe *p)
 {{
-	ring_bell((struct bell *){bells:#x}UL, (u64 *){watched:#x}UL, regs, p);
-	return 0;
+	return ring_bell((struct bell *){bells:#x}UL, (u64 *){watched:#x}UL, regs, p);
 }}
 """
 

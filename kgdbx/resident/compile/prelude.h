@@ -536,23 +536,36 @@ struct bell {
 	u64 address;
 	u64 cr3;
 	u64 tsc;
+	u64 given_up;
+	u64 answer;
 	struct regs regs;
 };
 
+/* The host's answer: go on as it is, with the registers that it has written, or where they say. */
+#define BELL_GO_ON 0
+#define BELL_GO_ON_WITH 1
+#define BELL_GO_THERE 2
+
+/* Of pending: an answered bell is in use until its vCPU has taken what the host has written. */
+#define BELL_WAITS 1
+
 /*
  * Called with interrupts off. Should no one answer, because kgdbx has died or nothing watches any
- * more, the guest goes on after a second of its own time.
+ * more, the guest goes on after a second of its own time; then after half of it, a quarter, and so
+ * on, until someone answers again. Returns whether it goes on as the registers say.
  */
-static __always_inline void ring_bell(struct bell *bells, u64 *watched, const struct regs *regs,
-				      const struct probe *p)
+#define GIVEN_UP_MOST 5
+
+static __always_inline int ring_bell(struct bell *bells, u64 *watched, struct regs *regs,
+				     const struct probe *p)
 {
 	struct bell *bell = bells + current_cpu();
-	u64 start = read_tsc(), cr3;
+	u64 start = read_tsc(), patience = TSC_HZ >> bell->given_up, cr3, answer;
 	u32 rounds = 0;
 
 	if (unlikely(*(volatile u64 *)&bell->pending)) { /* a non-maskable interrupt */
 		count_missed(p);
-		return;
+		return 0;
 	}
 	__asm__("mov %%cr3, %0" : "=r"(cr3));
 	bell->address = p->address;
@@ -560,17 +573,27 @@ static __always_inline void ring_bell(struct bell *bells, u64 *watched, const st
 	bell->tsc = start;
 	bell->regs = *regs;
 	barrier();
-	*(volatile u64 *)&bell->pending = 1;
+	*(volatile u64 *)&bell->pending = BELL_WAITS;
 	*(volatile u64 *)watched = p->address;
-	while (*(volatile u64 *)&bell->pending) {
-		if (unlikely(read_tsc() - start > TSC_HZ)) {
+	while (*(volatile u64 *)&bell->pending == BELL_WAITS) {
+		if (unlikely(read_tsc() - start > patience)) {
 			*(volatile u64 *)&bell->pending = 0;
 			count_missed(p);
-			break;
+			if (bell->given_up < GIVEN_UP_MOST)
+				bell->given_up++;
+			return 0;
 		}
 		/* One of several vCPUs that stop at once may go unnoticed. */
 		if (!(++rounds & 0x3fff))
 			*(volatile u64 *)watched = p->address;
 		__asm__ volatile("pause");
 	}
+	bell->given_up = 0;
+	answer = *(volatile u64 *)&bell->answer;
+	bell->answer = BELL_GO_ON;
+	if (answer != BELL_GO_ON)
+		*regs = bell->regs;
+	barrier();
+	*(volatile u64 *)&bell->pending = 0;
+	return answer == BELL_GO_THERE;
 }

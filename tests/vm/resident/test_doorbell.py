@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kgdbx.probes.event import Event
 from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
@@ -108,25 +109,93 @@ def test_handler_changes_registers(guest: Any) -> None:
 
 def test_stop_asked_for(guest_of: GuestOf) -> None:
     guest = guest_of(smp=4)
-    hits = 0
+    hits, stopped, counts = 0, [], (10, 200, 250, 300, 350, 400, 450)
 
     def handler(hit: Hit) -> None:
         nonlocal hits
         hits += 1
-        if hits in (10, 200, 300, 400):
+        if hits in counts:
+            stopped.append(hit.cpu)
             hit.stop()
 
     probe = guest.session.register(Kprobe(CALL, handler))
     command = guest.vm.start("caller 4 500")
-    for count in (10, 200, 300, 400):
-        assert guest.session.run(timeout_s=30) is not None
-        assert hits >= count
-        where = [guest.kernel.target.read_registers(c).rip for c in guest.kernel.target.cpus()]
+    for count in counts:
+        stop = guest.session.run(timeout_s=30)
+        assert stop is not None
+        assert (hits >= count, stop.cpu) == (True, stopped[-1])
         # It stands at the probe, or behind its displaced instruction, and nowhere of ours.
-        assert any(guest.kernel.symbolize(a).startswith(CALL) for a in where)
+        where = guest.kernel.target.read_registers(stop.cpu).rip
+        assert guest.kernel.symbolize(where).startswith(CALL)
     guest.session.run(command=command, timeout_s=30)
     assert command.wait(5).output.startswith("500 ")
     assert hits == probe.hits == 500
+
+
+def test_stop_asked_for_in_a_call_that_another_handler_has_made(guest: Any) -> None:
+    asked = []
+
+    def places(p: Kprobe) -> None:
+        if p.hits == 1:
+            guest.session.define("p vfs_read count", tier="resident")
+
+    def asks(hit: Hit) -> None:
+        asked.append(hit.cpu)
+        hit.stop()
+
+    guest.session.register(Kprobe(CALL, places))
+    asker = guest.session.register(Kprobe("alloc_pages_exact", asks))  # which placing calls
+    command = guest.vm.start("caller 2 7")
+    stop = guest.session.run(timeout_s=30)
+    assert stop is not None and {stop.cpu} == set(asked)
+    asker.unregister()
+    guest.session.run(command=command, timeout_s=30)
+    assert command.wait(5).output.startswith("7 ")
+
+
+@pytest.mark.parametrize("first", ["bell", "resident"])
+def test_resident_probes_at_the_same_place(guest: Any, first: str) -> None:
+    # They see what a handler has made of the call, whichever was there first, and returns go
+    # through both.
+    before = guest.text()
+    events: list[Event] = []
+    guest.session.event_listeners.append(events.append)
+    asked = []
+
+    def other(regs: Any, p: Kprobe, hit: Hit) -> None:
+        regs.di = 0x3FFFFFFF
+        if p.hits == 200:
+            asked.append(p.hits)
+            hit.stop()
+
+    def place() -> list[Any]:
+        text = ("p:res/in do_getpgid pid=%di:s32", "r64:res/out do_getpgid $retval:s32")
+        return [p for t in text for p in guest.session.define(t, tier="resident")]
+
+    probes = place() if first == "resident" else []
+    changing = guest.session.register(Kprobe("do_getpgid", other))
+    guest.run("caller 2 100")
+    assert rings(guest, changing)
+    probes = probes or place()
+    events.clear()
+    results: Counter[int] = Counter()
+    back = guest.session.register(
+        Kretprobe("do_getpgid", lambda retval: results.update((retval.value_(),)), maxactive=20)
+    )
+    hits = [p.hits for p in probes]
+    command = guest.vm.start("caller 2 150")
+    assert guest.session.run(timeout_s=30) is not None
+    guest.session.run(command=command, timeout_s=60)
+    assert command.wait(5).output.startswith("150 ")
+    assert rings(guest, changing) and asked == [200]
+    assert [p.hits - n for p, n in zip(probes, hits, strict=True)] == [150, 150]
+    assert results == {-3: 150} and (back.hits, changing.hits) == (150, 250)  # -ESRCH
+    values = Counter(str(value) for e in events for value in e.fields.values())
+    assert values == {str(0x3FFFFFFF): 150, "-3": 150}
+    for probe in (*probes, changing, back):
+        probe.unregister()
+    guest.session.resident.close()
+    assert guest.text() == before
 
 
 def test_unregistered_from_the_handler(guest_of: GuestOf) -> None:
@@ -250,3 +319,42 @@ def test_our_own_probes_leave_no_breakpoint_beside_resident_ones(
     guest.session.probes.close()
     guest.session.resident.close()
     assert guest.text() == before
+
+
+def test_taken_out_while_it_rings(guest_of: GuestOf) -> None:
+    # A vCPU that is on its way to the bell rings when the probe has gone: nobody is to wait then.
+    guest = guest_of(smp=4)
+    before = guest.text()
+    kept = guest.session.register(Kprobe("do_getpgid", lambda regs: None))
+    guest.run("caller 4 150")
+    assert rings(guest, kept)
+    kept.unregister()
+    command = guest.vm.start("caller 4 100000000")
+    late = 0
+    for _ in range(6):
+        probe = guest.session.register(Kprobe(CALL, lambda regs: None))
+        while probe.hits <= 2 * BUSY:
+            guest.session.run(timeout_s=0.05)
+        assert rings(guest, probe)
+        probe.unregister()
+        guest.session.run(timeout_s=0.05)
+        late += len(guest.session.resident.engine.waiting())
+    assert late == 0
+    command.discard()
+    guest.session.resident.close()
+    assert guest.text() == before
+
+
+def test_nobody_answers(guest: Any) -> None:
+    # As when kgdbx was killed: the guest must not stand still for a second at each call.
+    probe = guest.session.register(Kprobe(CALL, lambda regs: None))
+    guest.run("caller 1 100")
+    assert rings(guest, probe)
+    guest.session.resident.doorbell.close()
+    ns_per_call = int(guest.run("caller 1 31").split()[1])
+    assert 50e6 < ns_per_call < 200e6  # 1 s, 1/2, 1/4, 1/8, 1/16, and 26 times 1/32
+    guest.session.resident.doorbell.watch()
+    hits = probe.hits
+    guest.run("caller 1 31")
+    assert probe.hits == hits + 31
+    assert guest.run("caller 1 31").split()[0] == "31"
