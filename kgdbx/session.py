@@ -33,7 +33,6 @@ from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import Stop, Target
 from kgdbx.target.core import CoreRam
 from kgdbx.target.ram import GuestRam
-from kgdbx.target.rsp import RspTarget
 
 __all__ = ("Session",)
 
@@ -105,7 +104,7 @@ class Session:
             promotion.demote,
         )
         self.resident.engine.placed_listeners.append(guard.follow)
-        if isinstance(target, RspTarget) and ram is not None:
+        if target.capabilities.cheap_watchpoints and ram is not None:
             promotion.doorbell = self.resident.doorbell
             self.resident.engine.placed_listeners.append(promotion.promote_own)
         self._scripts: list[Script] = []

@@ -67,6 +67,10 @@ class Poller:
                 self._target.forget_stop_request()
         pressed = self._control_c is not None and self._control_c.pressed
         self._take(_AT_KEY_S if pressed else _AT_STOP_S)
+        if self._control_c is not None:
+            self._control_c.over()
+            if not self._target.in_run:
+                self._target.forget_stop_request()
         if self._rest and not self._session.closed:
             gdb.write("kgdbx: more events wait; they are shown when the kernel runs on\n")
 

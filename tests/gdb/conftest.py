@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from kgdbx.gdb_launch import gdb_argv
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -30,20 +30,17 @@ class InGdb:
 
 @pytest.fixture
 def in_gdb(tmp_path: Path) -> Callable[..., InGdb]:
-    """Function that runs tests inside gdb: ``in_gdb(path, *arguments, timeout_s=120)``."""
-    gdb = shutil.which("gdb")
-    assert gdb, "gdb is not installed; run 'make setup'"
+    """Function that runs tests inside gdb: ``in_gdb(*arguments, timeout_s=120)``."""
 
-    def run(path: Path, *arguments: str, timeout_s: float = 120) -> InGdb:
+    def run(*arguments: str | Path, timeout_s: float = 120) -> InGdb:
         junit = tmp_path / "junit.xml"
         junit.unlink(missing_ok=True)
         options = ["-q", "-p", "no:cacheprovider", "-o", "timeout_method=thread"]
         options += ["-W", "ignore:GdbRemoveReadlineFinder:ImportWarning"]  # gdb's own
-        args = [str(path), *options, f"--junit-xml={junit}", f"--rootdir={ROOT}", *arguments]
-        paths = os.pathsep.join([*(p for p in sys.path if "-packages" in p), str(ROOT)])
+        args = [*map(str, arguments), *options, f"--junit-xml={junit}", f"--rootdir={ROOT}"]
         done = subprocess.run(
-            [gdb, "-nx", "-batch", "-x", str(HERE / "pytest_in_gdb.py")],
-            env=os.environ | {"KGDBX_ARGS": json.dumps(args), "PYTHONPATH": paths},
+            [*gdb_argv(), "-batch", "-x", str(HERE / "pytest_in_gdb.py")],
+            env=os.environ | {"KGDBX_ARGS": json.dumps(args)},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

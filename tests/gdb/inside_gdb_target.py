@@ -8,7 +8,6 @@ from typing import Any
 import gdb
 import pytest
 
-import kgdbx.gdb  # loads drgn apart from gdb's own libdw
 from kgdbx.attach import open_ram
 from kgdbx.machine.vm import Vm
 from kgdbx.probes.kprobe import Kprobe
@@ -18,7 +17,6 @@ from kgdbx.symbols.kernel import Kernel
 from kgdbx.target.base import BreakpointKind, Stop, StopReason
 from kgdbx.target.gdb_qemu import GdbTarget
 
-assert kgdbx.gdb
 FUNCTION = "__x64_sys_getpgid"
 CALLS = 307
 DEADLINE_S = 150.0
@@ -89,12 +87,12 @@ def test_breakpoints_are_made_and_deleted_during_hits(attached: Attached) -> Non
         hits[at] += 1
         target.insert_breakpoint(SOFTWARE, attached.address + (5 - at))
         target.remove_breakpoint(SOFTWARE, attached.address + at)
-        return hits[5] < 2003
+        return hits[5] < 503
 
     target.insert_breakpoint(SOFTWARE, attached.address)
     stop = target.run(on_stop, timeout_s=120)
     assert stop is not None
-    assert hits == {0: 2003, 5: 2003}
+    assert hits == {0: 503, 5: 503}
     assert len(gdb.breakpoints()) == 1
 
 
@@ -122,14 +120,19 @@ def test_a_breakpoint_of_the_user_right_behind_a_probe(attached: Attached) -> No
     probe = attached.probes.register(Kprobe(FUNCTION))
     gdb.execute(f"break *{attached.address + 5:#x}", to_string=True)
     users = next(b for b in gdb.breakpoints() if b.number > 0)
+    command = attached.vm.start("caller 1 23")
     try:
-        attached.vm.start(f"caller 1 {CALLS}")
         for n in range(1, 6):
             stop = attached.target.run(attached.probes.on_stop, timeout_s=60)
             assert stop == Stop(0, StopReason.TRAP)
             assert (probe.hits, users.hit_count) == (n, n)
     finally:
         users.delete()
+    end = time.monotonic() + DEADLINE_S
+    while command.poll() is None:
+        assert time.monotonic() < end
+        attached.target.run(attached.probes.on_stop, timeout_s=0.5)
+    assert probe.hits == 23
 
 
 def test_a_write_of_the_same_value_is_a_hit(attached: Attached) -> None:
