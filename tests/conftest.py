@@ -51,5 +51,11 @@ def clone_of() -> Iterator[Callable[..., Vm]]:
 
 @pytest.fixture
 def vm(clone_of: Callable[..., Vm]) -> Vm:
-    """A fresh clone of kernel 6.1 with 4 vCPUs."""
+    """A fresh clone of kernel 6.1 with 2 vCPUs."""
+    return clone_of(smp=2)
+
+
+@pytest.fixture
+def vm4(clone_of: Callable[..., Vm]) -> Vm:
+    """A fresh clone of kernel 6.1 with 4 vCPUs, whose stops take twice the time."""
     return clone_of()

@@ -1,6 +1,10 @@
-"""A real kernel under a session, and the workloads that make it do what a test counts."""
+"""A real kernel under a session, and the workloads that make it do what a test counts.
+
+Inside gdb the session is over gdb's own connection: see ``tests/gdb``.
+"""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -49,6 +53,14 @@ class Guest:
         return self.kernel.memory.read(start, self.kernel.address("_etext") - start)
 
 
+def _attach(vm: Vm) -> Session:
+    if "gdb" not in sys.modules:
+        return attach_vm(vm.info)
+    from kgdbx.gdb.attach import connect
+
+    return connect(vm.name, None, keys=False)
+
+
 @pytest.fixture
 def guest_of(clone_of: Callable[..., Vm]) -> Iterator[Callable[..., Guest]]:
     """Function that gives a fresh clone with a session: ``guest_of(kernel="6.1", smp=2)``."""
@@ -56,7 +68,7 @@ def guest_of(clone_of: Callable[..., Vm]) -> Iterator[Callable[..., Guest]]:
 
         def make(kernel: str = "6.1", smp: int = 2, **settings: Any) -> Guest:
             vm = clone_of(kernel, smp, **settings)
-            return Guest(vm, stack.enter_context(attach_vm(vm.info)))
+            return Guest(vm, stack.enter_context(_attach(vm)))
 
         yield make
 

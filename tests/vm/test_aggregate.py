@@ -22,8 +22,8 @@ def total(each: Any) -> int:
     return sum(row.value for row in each.rows)
 
 
-def test_exact_on_all_cpus(vm: Vm) -> None:
-    with attach_vm(vm.info) as session:
+def test_exact_on_all_cpus(vm4: Vm) -> None:
+    with attach_vm(vm4.info) as session:
         for text in (
             f"p {FUNCTION} @calls[$comm,$cpu] = count()",
             f"p {FUNCTION} @sum = sum($cpu*3-1)",
@@ -39,7 +39,7 @@ def test_exact_on_all_cpus(vm: Vm) -> None:
             f"r {FUNCTION} @result[$retval>0] = count()",
         ):
             session.define(text, tier="resident")
-        command = vm.start(WORK)
+        command = vm4.start(WORK)
         session.run(command=command, timeout_s=100)
         assert command.poll() == 0
         command.discard()

@@ -29,8 +29,8 @@ def is_unpatched(vm: Vm) -> bool:
     return vm.execute("caller 1 7").output.startswith("7 ")
 
 
-def test_every_call_is_an_event(vm: Vm) -> None:
-    done = trace("--vm", vm.name, FUNCTION, "-f", "$comm pid=%si:s32", "-e", WORK, "-o", "json")
+def test_every_call_is_an_event(vm4: Vm) -> None:
+    done = trace("--vm", vm4.name, FUNCTION, "-f", "$comm pid=%si:s32", "-e", WORK, "-o", "json")
     assert done.returncode == 0, done.stderr
     first, *events = map(json.loads, done.stdout.splitlines())
     assert first == {"schema": "kgdbx.event.1"}
@@ -41,7 +41,7 @@ def test_every_call_is_an_event(vm: Vm) -> None:
     assert times == sorted(times)
     assert "1 functions, 1,009 hits, 0 events lost" in done.stderr
     assert "resident" in done.stderr
-    assert is_unpatched(vm)
+    assert is_unpatched(vm4)
 
 
 def test_returns_have_results_and_durations(vm: Vm) -> None:
@@ -75,10 +75,10 @@ def test_pattern_to_a_file_for_viewers(vm: Vm, tmp_path: Path) -> None:
     assert "0 events lost" in done.stderr
 
 
-def test_recording_holds_every_call(vm: Vm, tmp_path: Path) -> None:
+def test_recording_holds_every_call(vm4: Vm, tmp_path: Path) -> None:
     path = tmp_path / "trace.kgdbx"
     done = trace(
-        "--vm", vm.name, "-r", FUNCTION, "-f", "$retval $comm", "-e", WORK, "--raw", str(path)
+        "--vm", vm4.name, "-r", FUNCTION, "-f", "$retval $comm", "-e", WORK, "--raw", str(path)
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout

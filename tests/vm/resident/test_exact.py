@@ -1,5 +1,6 @@
 """Nothing lost, nothing twice: resident probes against workloads whose calls are known."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -109,7 +110,6 @@ def test_memory_of_removed_probes_serves_new_ones(guest_of: GuestOf) -> None:
     (kept,) = guest.session.define("r64:kept __x64_sys_clock_nanosleep $retval")
     command = guest.vm.start("caller 8 1009 20000")
     guest.session.run(count=8, timeout_s=30)
-    hits = 0
     taken = []
     for turn in range(24):  # each leaves 190 KiB of 2 MiB
         gone, entry = guest.session.define_many(
@@ -121,16 +121,17 @@ def test_memory_of_removed_probes_serves_new_ones(guest_of: GuestOf) -> None:
                 ),
             )
         )
-        guest.session.run(timeout_s=0.03)
+        until = time.monotonic() + 30
+        while not entry.hits and time.monotonic() < until:
+            guest.session.run(timeout_s=0.03)
+        assert entry.hits, "no call in 30 s"
         taken.append(sum(size for _, size in guest.session.resident.engine.taken))
         gone.unregister()
         entry.unregister()
         assert gone.nmissed == 0
-        hits += entry.hits
     assert max(taken[8:]) <= taken[8] + (1 << 20), taken  # somebody was inside now and then
     guest.session.run(command=command, timeout_s=60)
     assert command.wait(5).output.startswith("1009 ")
-    assert hits > 24
     assert sum(e.probe == "kprobes/kept" for e in events) == kept.hits == 1009
     assert kept.nmissed == 0
     kept.unregister()
