@@ -41,6 +41,10 @@ def _anything(reply: bytes) -> bool:
     return True
 
 
+def _is_alive(reply: bytes) -> bool:
+    return reply.startswith(b"QC")
+
+
 class KgdbPackets(Protocol):
     """Exchanges packets with a KGDB that waits for commands: a line of ours, or gdb's."""
 
@@ -100,6 +104,7 @@ class KgdbConnection:
             self._send(payload)
             reply = self._reply(deadline)
             if reply is not None and valid(reply):
+                self._dirty = self._dirty or tries > 1  # the others may be answered, too
                 return reply, tries > 1
             self._note_error()
             if time.monotonic() >= deadline:
@@ -143,7 +148,10 @@ class KgdbConnection:
         """
         deadline = time.monotonic() + self._answer_s
         while True:
+            if self._dirty:
+                self._catch_up()
             self._send(payload)
+            errors = self.errors
             kind, packet = self._token(self._retry_end(deadline))
             while kind == b"!" and time.monotonic() < deadline:
                 # It may be the next stop already.
@@ -155,10 +163,11 @@ class KgdbConnection:
             if kind == b"$" and packet[:1] == b"T":
                 self._unacknowledged = True
                 return packet  # there was no stop before this that was not answered
+            damaged = self.errors != errors
             self._note_error()
             # Was it lost, or the acknowledgment? KGDB answers if it still waits for commands.
             # If not, it finds the question at its next stop, and drops it.
-            if kind != _NAK and not self._still_stopped():
+            if kind != _NAK and not self._still_stopped(deadline, damaged=damaged):
                 return self._late_stop
             if time.monotonic() >= deadline:
                 raise TargetTimeout(f"KGDB does not take {payload!r}")
@@ -169,18 +178,26 @@ class KgdbConnection:
         :param deadline: on the clock of :func:`time.monotonic`
         :return: the stop reply; None at the deadline, or at once while :attr:`wake` is set
         """
+        end = math.inf if deadline is None else deadline
+        damaged = False
         while True:
-            kind, packet = self._stop_token(deadline)
-            if kind == b"":
-                return None
-            if kind == b"!":
-                self._note_error()
-                self._ask_again()
+            kind, packet = self._stop_token(self._retry_end(end) if damaged else deadline)
             if kind == b"$":
                 self._unacknowledged = True
                 if re.match(rb"[ST][0-9a-f]{2}", packet):
                     return packet
                 self.acknowledge()  # console output, or the answer to a question of ours
+            elif kind == b"!":
+                self._note_error()
+                self._ask_again()
+                damaged = True
+            elif kind == b"" and (not damaged or self.wake.is_set):
+                return None
+            elif kind != _ACK:
+                damaged = False
+                stop = self._lost_stop()
+                if stop is not None:
+                    return stop
 
     def acknowledge(self) -> None:
         """Acknowledge the last packet now, and not with the next command."""
@@ -243,14 +260,68 @@ class KgdbConnection:
                 if packet[:1] == b"T":
                     self._late_stop = packet  # or a stop that came meanwhile
 
-    def _still_stopped(self) -> bool:
+    def _catch_up(self) -> None:
+        # KGDB answers in order. What comes behind its answer to a question, and nothing else with
+        # that, is no answer to what was sent before.
+        deadline = time.monotonic() + self._answer_s
+        while time.monotonic() < deadline:
+            self._send(_ALIVE)
+            errors, kinds = self.errors, []
+            kind, packet = self._token(self._retry_end(deadline))
+            while kind != b"" and not _is_alive(packet):
+                if kind == b"!":
+                    self._note_error()
+                    self._ask_again()
+                kinds.append(kind)
+                kind, packet = self._token(self._retry_end(deadline))
+            self._unacknowledged = kind != b""
+            if kind == b"$" and kinds == [_ACK] and self.errors == errors:
+                self._dirty = False
+                return
+            self._note_error()
+        raise TargetTimeout(f"KGDB does not answer as it should over {self.line.address}")
+
+    def _still_stopped(self, deadline: float, *, damaged: bool) -> bool:
         self._late_stop = None
+        came = self._buffer + self.line.drain(_QUIET_S, self._answer_s)
+        self._dirty = False
+        tokens = list(_TOKEN.finditer(came))
+        if any(match[0] == _NAK for match in tokens):
+            return True  # nothing else of ours can be what it refuses
+        # It says '-' to a question that it takes for the rest of the command. That is also how it
+        # forgets a stop that it has told: then this, or what there is of it, came before.
+        first = not (came or damaged)
         self._send(_ALIVE)
-        reply = self._reply(time.monotonic() + _RETRY_S)
-        if reply is not None and reply.startswith(b"T"):
-            # The acknowledgment before it was a late one, of what let the kernel run.
-            self._late_stop = reply
-        return self._late_stop is None and reply is not None and reply.startswith(b"QC")
+        while True:
+            errors = self.errors
+            kind, packet = self._token(self._retry_end(deadline))
+            first = first and self.errors == errors
+            if kind == _NAK and first:
+                return True
+            if kind == _NAK:
+                if self._late_stop is None:
+                    self._late_stop = self._lost_stop()
+                return False
+            if kind == b"$" and packet[:1] == b"T":
+                self._late_stop = packet
+            elif kind == b"$" and packet.startswith(b"QC"):
+                self._unacknowledged = True
+                return self._late_stop is None
+            elif kind == b"!" or (kind == b"" and self._buffer):
+                self._note_error()
+                self._ask_again()
+            if kind == b"" and (not self._buffer or time.monotonic() >= deadline):
+                return False
+            first = False
+
+    def _lost_stop(self) -> bytes | None:
+        # The stop that KGDB has told, and forgotten; None if it does not listen, because the kernel
+        # runs. It would repeat it at '?', and remove all breakpoints (gdb_cmd_status()).
+        try:
+            reply, _ = self.exchange(_ALIVE, _is_alive, timeout_s=2 * _RETRY_S)
+        except TargetTimeout:
+            return None
+        return b"T05thread:%b;" % reply.removeprefix(b"QC")
 
     # As _token(), but what has come in part, and does not go on, is damaged.
     def _stop_token(self, deadline: float | None) -> tuple[bytes, bytes]:

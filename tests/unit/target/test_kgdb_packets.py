@@ -120,6 +120,45 @@ def test_a_resume_that_was_lost_is_sent_again(attach: Attach) -> None:
     assert connection.start(b"c") is None
 
 
+def test_a_resume_whose_rest_was_lost_is_sent_again(attach: Attach) -> None:
+    # KGDB takes the question for the rest of it.
+    c = framed(b"c")
+    assert attach([(c, b""), (framed(b"qC"), b"-"), (c, b"+")]).start(b"c") is None
+
+
+def test_a_late_refusal_is_not_that_of_a_resume(attach: Attach) -> None:
+    # KGDB takes longer than we wait, and refuses the same command when it comes again.
+    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
+    ok = b"+" + framed(b"OK")
+    steps = [(M1, b""), (M1, ok), (alive, b"-" + told), (alive, told), (c, b"+"), (c, b"twice")]
+    connection = attach(steps)
+    assert connection.exchange(b"m1000,2") == (b"OK", True)
+    assert connection.start(b"c") is None
+    assert connection.receive_stop(time.monotonic() + 0.5) is None
+
+
+def test_a_stop_that_kgdb_has_forgotten_is_one(attach: Attach) -> None:
+    stop, alive = b"T05thread:01;", framed(b"qC")
+    damaged, told = framed(stop)[:-1] + b"0", b"+" + framed(b"QC01")
+    # The line lost our asking for it again.
+    steps = [(framed(b"c"), damaged), (b"-", b""), (alive, b"-"), (alive, told)]
+    assert attach(steps).start(b"c") == stop
+
+
+def test_a_damaged_stop_that_does_not_come_again_is_one(attach: Attach) -> None:
+    stop, alive = b"T05thread:01;", framed(b"qC")
+    damaged, told = framed(stop)[:-1] + b"0", b"+" + framed(b"QC01")
+    connection = attach([(framed(b"c"), b"+" + damaged), (b"-", b""), (alive, b"-"), (alive, told)])
+    assert connection.start(b"c") is None
+    assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
+
+
+def test_damaged_bytes_of_a_kernel_that_runs_are_no_stop(attach: Attach) -> None:
+    connection = attach([(framed(b"c"), b"+$QC0"), (b"-", b"")])
+    assert connection.start(b"c") is None
+    assert connection.receive_stop(time.monotonic() + 2.5) is None
+
+
 def test_a_stop_that_comes_damaged_is_asked_for_again(attach: Attach) -> None:
     stop = b"T05thread:01;"
     steps = [(framed(b"c"), b"+" + framed(stop)[:-1] + b"0"), (b"-", framed(stop))]

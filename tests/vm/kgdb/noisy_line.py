@@ -41,6 +41,7 @@ class NoisyLine:
         self.harmed = 0
         self.noise = noise
         self._random = random.Random(noise.seed)
+        self._losses: list[tuple[bytes, int]] = []
         self._upstream = socket.socket(socket.AF_UNIX)
         self._upstream.connect(str(upstream))
         self._listener = socket.socket(socket.AF_UNIX)
@@ -49,6 +50,14 @@ class NoisyLine:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
+
+    def lose(self, payload: bytes, *indices: int) -> None:
+        """The next time that the debugger sends a packet, lose some of its bytes.
+
+        :param indices: from ``$``, or from behind the check sum
+        """
+        packet = b"$%b#%02x" % (payload, sum(payload) & 0xFF)
+        self._losses += [(packet, index % len(packet)) for index in indices]
 
     def close(self) -> None:
         self._ended.set()
@@ -71,7 +80,16 @@ class NoisyLine:
                 data = source.recv(256)
                 if not data:
                     return
+                if source is stream:
+                    data = self._without_losses(data)
                 other[source].sendall(self._spoil(data))
+
+    def _without_losses(self, data: bytes) -> bytes:
+        lost = {data.find(packet) + index for packet, index in self._losses if packet in data}
+        if lost:
+            self._losses.clear()
+            self.harmed += len(lost)
+        return bytes(byte for n, byte in enumerate(data) if n not in lost)
 
     def _spoil(self, data: bytes) -> bytes:
         noise, parts = self.noise, []

@@ -58,6 +58,30 @@ def test_each_hit_is_counted_and_each_value_is_right(
     assert line.harmed or noise.delayed
 
 
+def test_part_of_a_command_that_lets_the_kernel_run_is_lost(kgdb_vm: Vm, noisy: Attach) -> None:
+    # A kernel that waits for the rest of a command takes the next one for it.
+    target, line = noisy(Noise())
+    symbols = ElfSymbols(kgdb_vm.info.vmlinux)
+    slide = find_slide(target, symbols)
+    assert slide is not None
+    probed = symbols.address("__x64_sys_getpgid") + slide
+    command = kgdb_vm.start("caller 1 1000000")
+    target.insert_breakpoint(BreakpointKind.SOFTWARE, probed)
+    second = probed + 5  # behind the NOP that ftrace patches
+    step = b"s%x" % probed  # KGDB stops behind the breakpoint's byte
+    for lost in [(0,), (1,), (-3,), (-2,), (-1,), (-3, -2), (1, -1), (-3, -2, -1)]:
+        line.lose(b"c", *lost)
+        harmed = line.harmed
+        stop = target.run(lambda stop: False, timeout_s=30)
+        assert stop is not None and line.harmed == harmed + len(lost)
+        assert target.read_registers(stop.cpu).rip == probed
+        line.lose(step, *lost)
+        target.step(stop.cpu)
+        assert line.harmed == harmed + 2 * len(lost)
+        assert target.read_registers(stop.cpu).rip == second
+    command.discard()
+
+
 def test_a_line_that_carries_nothing_right_is_an_error_and_no_hang(noisy: Attach) -> None:
     started = time.monotonic()
     with pytest.raises((ProtocolError, TargetTimeout)):

@@ -99,6 +99,7 @@ def test_a_reported_block_is_a_drgn_object(
         number = next(int(n) for n in map(str.strip, t.display()) if re.fullmatch(r"10\d\d", n))
         t.line(f"leak({number - 999}).value_() - {cycle[0]} + 4711")
         t.wait(lambda: any(line.strip() == "4711" for line in t.display()), 60)
+        t.wait(lambda: t.display()[t.screen.cursor.y] == ">>>")  # readline loses ^D before it
         t.type("\x04")
         assert t.end() == 0
 
