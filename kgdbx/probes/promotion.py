@@ -9,7 +9,11 @@ from kgdbx.probes.sites import Sites
 
 __all__ = ("Promotion",)
 
-_BUSY_HITS = 64  # a doorbell takes as long to install as about as many breakpoints' stops
+# A doorbell takes as long to install as about as many breakpoints' stops, with the guest's first
+# memory of ours or without.
+_BUSY_HITS = 32
+_BUSY_HITS_WHEN_READY = 8
+_TRACED = "the guest's own ftrace traces the function"
 
 
 class Promotion:
@@ -28,7 +32,12 @@ class Promotion:
 
     def note(self, site: Site) -> None:
         """After a hit: a site that has many is promoted when the handlers are through."""
-        if site.hits == _BUSY_HITS and site.can_ring and not site.is_ours:
+        doorbell = self.doorbell
+        if doorbell is None or site.hits > _BUSY_HITS or site.resume is not None:
+            return
+        is_busy = site.hits >= (_BUSY_HITS_WHEN_READY if doorbell.is_ready else _BUSY_HITS)
+        is_new = not site.unpromoted and site not in self._busy
+        if is_busy and is_new and site.can_ring and not site.is_ours:
             self._busy.append(site)
 
     def promote_busy(self) -> None:
@@ -99,6 +108,7 @@ class Promotion:
         for site in self._sites:
             if site.jumps_from in addresses:
                 site.demote()
+                site.unpromoted = _TRACED
 
     def demote_own(self) -> None:
         """Put the breakpoints of kgdbx's own probes back: the kernel's code is whole again."""

@@ -16,7 +16,7 @@ from kgdbx.symbols.tasks import Task
 
 GuestOf = Callable[..., Any]
 CALL = "__x64_sys_getpgid"
-BUSY = 64  # hits before a breakpoint gives way
+BUSY = 32  # hits before the first breakpoint gives way
 CALLS = 1009
 
 
