@@ -139,6 +139,8 @@ class Runner:
         return self._resident.engine.is_open and not self._target.capabilities.reads_while_running
 
     def _beside(self) -> None:
+        if self._done.is_set():  # a run within this one, for calls of the guest's, took the request
+            self._target.request_stop()
         self._idle()
 
     def _idle(self, deadline: float | None = None) -> bool:

@@ -67,11 +67,12 @@ class Dispatcher:
         if stop.reason not in (StopReason.TRAP, StopReason.WATCHPOINT):
             self.stood_at = stop.cpu
             return False
-        doorbell = self._promotion.doorbell
+        doorbell, stands = self._promotion.doorbell, False
         if doorbell is not None:
             # A handler that has the guest make calls is under way: bells wait until it is through.
+            rang = doorbell.rang(stop)
             stands = self._sites.handling is None and self._answer(doorbell)
-            if stands or doorbell.rang(stop):
+            if rang:
                 return not stands
         target = self._kernel.target
         regs = target.read_registers(stop.cpu)
@@ -86,8 +87,9 @@ class Dispatcher:
             self._sites.handling = outer
             target.write_registers(stop.cpu, hit.regs)
             self._sites.remove_stale()
-        if hit.stop_requested:
+        if hit.stop_requested and not stands:
             self._stand_at(stop.cpu)
+        if hit.stop_requested or stands:
             return False
         self._promotion.promote_busy()
         return True
@@ -106,7 +108,7 @@ class Dispatcher:
     def _answer(self, doorbell: Doorbell) -> bool:
         # Whether the kernel is to be left standing. Each stop may find several hits, its own
         # among them or not.
-        stands = False
+        standing: list[tuple[Hit, int | None]] = []
         try:
             for cpu, address, regs, tsc in doorbell.hits():
                 hit = Hit(self._kernel, cpu, regs, address, tsc)
@@ -117,14 +119,22 @@ class Dispatcher:
                     if resume is not None:
                         self._on_breakpoint(hit)
                 finally:
-                    if hit.stop_requested and not stands:
-                        self._stand_at(cpu)
-                    stands = stands or hit.stop_requested
-                    doorbell.release(cpu, hit.regs, resume, stands=hit.stop_requested)
+                    if hit.stop_requested:
+                        standing.append((hit, resume))  # the next handler may have the guest run on
+                    else:
+                        doorbell.release(cpu, hit.regs, resume, stands=False)
         finally:
             self._sites.handling = None
+            for hit, resume in reversed(standing):
+                if doorbell.waits(hit.cpu, hit.tsc):
+                    doorbell.release(hit.cpu, hit.regs, resume, stands=True)
+                self._stand_at(hit.cpu)
+            if doorbell.gave_up:
+                doorbell.gave_up = False
+                for each in self._sites:
+                    each.note_missed()
             self._sites.remove_stale()
-        return stands
+        return bool(standing)
 
     # Breakpoints
 
@@ -145,7 +155,8 @@ class Dispatcher:
             site = None if next_site is site else next_site
 
     def _run_site(self, site: Site, hit: Hit) -> None:
-        if site.left_standing and site.left_standing.pop(hit.cpu, None) == hit.regs.rsp:
+        if hit.regs.rsp in site.left_standing:
+            site.left_standing.discard(hit.regs.rsp)
             site.execute_displaced(hit, None)
             return
         site.hits += 1
@@ -171,7 +182,7 @@ class Dispatcher:
             # It would go into code of ours, which would tell the user nothing, or miss it: the
             # kernel stands where it was hit, and that is no second hit when it goes on.
             hit.regs.rip = site.address
-            site.left_standing[hit.cpu] = hit.regs.rsp
+            site.left_standing.add(hit.regs.rsp)
 
     def _run_returns(self, site: Site, hit: Hit) -> None:
         for instance in self._returns.returning(hit.task.address, hit.regs.rsp):

@@ -43,16 +43,17 @@ class Promotion:
     def promote_busy(self) -> None:
         """Promote what is hit often."""
         # The guest runs meanwhile, and other probes may be hit, and become busy.
-        if self._promoting or self.doorbell is None:
+        if not self._can_promote:
             return
-        self._promoting = True
+        doorbell, self._promoting = self.doorbell, True
+        assert doorbell is not None
         busy = bool(self._busy)
         try:
             while self._busy:
                 site = self._busy.pop()
                 still = self._sites.at(site.address) is site and site.resume is None
                 if still and site.can_ring:
-                    self._promote(self.doorbell, [site], only_looks=False)
+                    self._promote(doorbell, [site], only_looks=False)
         finally:
             self._promoting = False
         if busy:
@@ -65,9 +66,7 @@ class Promotion:
         jump to another page (check_for_breakpoints() in accel/tcg/cpu-exec.c).
         """
         doorbell = self.doorbell
-        if doorbell is None or not doorbell.is_ready:
-            return
-        if self._promoting or self._sites.handling is not None:
+        if doorbell is None or not doorbell.is_ready or not self._can_promote:
             return
         sites = [
             site
@@ -80,6 +79,14 @@ class Promotion:
                 self._promote(doorbell, sites, only_looks=True)
             finally:
                 self._promoting = False
+
+    @property
+    def _can_promote(self) -> bool:
+        # What is placed takes calls of the guest's, which are not made within others: the vCPU of a
+        # handler may be inside of the kernel's allocator. There will be another stop.
+        doorbell = self.doorbell
+        idle = doorbell is not None and doorbell.is_idle
+        return idle and not self._promoting and self._sites.handling is None
 
     def _promote(self, doorbell: Doorbell, sites: list[Site], *, only_looks: bool) -> None:
         made: dict[Site, int] = {}

@@ -42,11 +42,20 @@ class Attachment(Protocol):
 
 
 class Doorbell(Protocol):
-    """Stops at functions' entries by other means than a breakpoint, with the same effect."""
+    """Stops at functions' entries by other means than a breakpoint, with the same effect.
+
+    :ivar gave_up: whether a vCPU was not answered in time since this was cleared
+    """
+
+    gave_up: bool
 
     @property
     def is_ready(self) -> bool:
         """Whether there is code in the guest already, so that more of it costs little."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being put into the guest just now."""
 
     def insert(self, address: int, *, only_looks: bool) -> int:
         """Have the function at an address stop the kernel; where it goes on afterwards.
@@ -74,6 +83,12 @@ class Doorbell(Protocol):
         """vCPU, probed address, registers and time stamp of each vCPU that waits, in the order
         of the hits."""
 
+    def waits(self, cpu: int, tsc: int | None) -> bool:
+        """Whether a vCPU still waits with what :meth:`hits` gave."""
+
+    def missed(self, address: int) -> int:
+        """How many hits were missed there since it was asked last: nobody answered."""
+
     def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
         """Let a vCPU go on with its registers when the kernel runs."""
 
@@ -92,7 +107,7 @@ class Site:
         self.watches_returns = False
         self.inserted = False
         self.hits = 0
-        self.left_standing: dict[int, int] = {}  # stack pointer by vCPU, after a hit that stops
+        self.left_standing: set[int] = set()  # stack pointers, after hits that stop
         self.unpromoted = ""  # why there is no doorbell
         self.resume: int | None = None  # where the code goes on behind a doorbell
         self.only_looks = False  # the doorbell's code does the displaced instructions itself
@@ -156,9 +171,18 @@ class Site:
             self._take_off(self._doorbell)
 
     def _take_off(self, doorbell: Doorbell) -> None:
-        doorbell.remove(self.address)
+        self.note_missed()
+        # The guest may run on meanwhile.
         self._doorbell = self.resume = None
         self.only_looks = False
+        doorbell.remove(self.address)
+
+    def note_missed(self) -> None:
+        """Have the probes count the hits that nobody answered."""
+        if self._doorbell is not None:
+            missed = self._doorbell.missed(self.address)
+            for attachment in self.attachments:
+                attachment.probe.nmissed += missed
 
     def remove(self) -> None:
         """Take the breakpoint out of the guest."""

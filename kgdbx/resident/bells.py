@@ -31,12 +31,14 @@ class Bell:
 
     :ivar address: of the ``struct probe``'s site
     :ivar tsc: when it was hit
+    :ivar gave_up: whether hits before it on this CPU were missed, because nobody answered
     :ivar regs: as they were at the probe
     """
 
     cpu: int
     address: int
     tsc: int
+    gave_up: bool
     regs: Registers
 
 
@@ -57,13 +59,14 @@ class Bells:
         """The vCPUs that wait now. The kernel stands."""
         data = host.read(self.address, _BELL.size * self.cpus)
         for cpu, bell in enumerate(_BELL.iter_unpack(data)):
-            pending, address, cr3, tsc, _, _, *values = bell
+            pending, address, cr3, tsc, given_up, _, *values = bell
             if pending == _WAITS:
                 names = {name: v for name, v in zip(_NAMES, values, strict=True) if name}
                 yield Bell(
                     cpu,
                     address,
                     tsc,
+                    given_up > 0,
                     Registers({**names, "cr3": cr3, "gs_base": gs_bases[cpu]}),
                 )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from kgdbx.arch.registers import GENERAL_REGISTERS, Registers
 from kgdbx.errors import ProbeError
-from kgdbx.resident.bells import BELL_WATCH_BYTES
+from kgdbx.resident.bells import BELL_WATCH_BYTES, Bell
 from kgdbx.resident.engine import Engine
 from kgdbx.resident.program import Program
 from kgdbx.symbols.kernel import Kernel
@@ -25,19 +25,27 @@ class Doorbell:
     """Takes the place of breakpoints at functions' entries.
 
     :param engine: puts code into the guest
+    :ivar gave_up: whether a vCPU was not answered in time since this was cleared
     """
 
     def __init__(self, kernel: Kernel, engine: Engine) -> None:
         self._kernel = kernel
         self._engine = engine
         self._programs: dict[int, Program] = {}  # by the address that the user probes
-        self._places: dict[int, int] = {}  # that address by the one of the jump
+        self._places: dict[int, int] = {}  # that address by the one of the jump, for ever
+        self._missed: dict[int, int] = {}  # hits by the address that the user probes, so far
         self._watched: int | None = None
+        self.gave_up = False
 
     @property
     def is_ready(self) -> bool:
         """Whether the guest has code of ours already."""
-        return self._engine.is_open and not self._engine.in_batch
+        return self._engine.is_open
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being placed, and the guest makes no calls for us."""
+        return self._engine.is_idle
 
     def insert(self, address: int, *, only_looks: bool) -> int:
         """Have a function ring; in a batch of the engine's, at its end.
@@ -59,6 +67,8 @@ class Doorbell:
             target = self._kernel.target
             if any(target.read_registers(n).rip == displacement.address for n in target.cpus()):
                 raise ProbeError("a vCPU stands where the jump would be")
+        if self._engine.is_lifted(displacement):
+            raise ProbeError("the guest's own ftrace traces the function")
         program = Program("bell", displacement)
         self._engine.install([program])
         self._programs[address] = program
@@ -68,8 +78,10 @@ class Doorbell:
     def remove(self, address: int) -> None:
         """Put the function's code back."""
         program = self._programs.pop(address)
-        self._let_go(program.displacement.address)
-        del self._places[program.displacement.address]
+        self._missed.pop(address, None)
+        for bell in self._engine.waiting():
+            if bell.address == program.displacement.address:
+                self._send_back(bell, address)
         self._engine.uninstall([program])
 
     def place(self, address: int) -> int:
@@ -91,18 +103,32 @@ class Doorbell:
 
     def hits(self) -> Iterator[tuple[int, int, Registers, int]]:
         """vCPU, probed address, registers and time stamp of each vCPU that waits, in the order
-        of the hits. One that was on its way when its probe was taken out goes on."""
+        of the hits. One that was on its way when its probe was taken out is sent back."""
         engine = self._engine
         for n, bell in enumerate(sorted(engine.waiting(), key=lambda bell: bell.tsc)):
             # A handler may have let the guest run: then one may have given up, and rung again.
-            if n and (bell.cpu, bell.tsc) not in ((b.cpu, b.tsc) for b in engine.waiting()):
+            if n and not self.waits(bell.cpu, bell.tsc):
                 continue
-            address = self._places.get(bell.address)
-            if address is None:
-                engine.answer(bell.cpu)
+            self.gave_up = self.gave_up or bell.gave_up
+            address = self._places[bell.address]
+            if address not in self._programs:
+                self._send_back(bell, address)
             else:
                 bell.regs.rip = address
                 yield bell.cpu, address, bell.regs, bell.tsc
+
+    def waits(self, cpu: int, tsc: int | None) -> bool:
+        """Whether a vCPU still waits with what :meth:`hits` gave."""
+        return any((bell.cpu, bell.tsc) == (cpu, tsc) for bell in self._engine.waiting())
+
+    def missed(self, address: int) -> int:
+        """How many hits were missed there since it was asked last: nobody answered."""
+        if not self._engine.is_open:
+            return 0
+        program = self._programs[address]
+        missed = self._engine.counts(program).nmissed
+        before, self._missed[address] = self._missed.get(address, 0), missed
+        return missed - before
 
     def release(self, cpu: int, regs: Registers, resume: int | None, *, stands: bool) -> None:
         """Let a vCPU go on.
@@ -129,11 +155,10 @@ class Doorbell:
         """Whether there is more than one probe of ours in the guest where it rings."""
         return self._engine.is_shared(self._programs[address].displacement)
 
-    def _let_go(self, place: int) -> None:
-        # Who waits at a probe that is taken out goes on as if it had not been there.
-        for bell in self._engine.waiting():
-            if bell.address == place:
-                self._engine.answer(bell.cpu)
+    def _send_back(self, bell: Bell, address: int) -> None:
+        # To where it came from: there is what was there before, or a breakpoint that it has to hit.
+        bell.regs.rip = address
+        self._engine.answer(bell.cpu, bell.regs, leaves=True)
 
     def watch(self) -> None:
         """Have the stub stop the kernel when one rings."""

@@ -118,6 +118,10 @@ class Engine:
         assert self._holding is not None and self._holding.bells is not None
         self._holding.bells.free(self.host, cpu)
 
+    def is_lifted(self, displacement: Displacement) -> bool:
+        """Whether the guest's own ftrace is at a place, and our probes there wait."""
+        return self._jumps.is_lifted(displacement.address)
+
     def is_shared(self, displacement: Displacement) -> bool:
         """Whether there are several probes of ours at a place."""
         site = self._jumps.site(displacement.address)
@@ -139,9 +143,10 @@ class Engine:
         return self._caller.calling
 
     @property
-    def in_batch(self) -> bool:
-        """Whether :meth:`install` waits for the end of a batch."""
-        return self._batch is not None
+    def is_idle(self) -> bool:
+        """Whether nothing is being placed, and the guest makes no calls for us."""
+        placing = self._placing or self._taking_hold or self._batch is not None
+        return not (placing or self.calling)
 
     @property
     def is_open(self) -> bool:

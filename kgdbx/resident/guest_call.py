@@ -10,6 +10,7 @@ from there.
 """
 
 import struct
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -99,6 +100,7 @@ class _Run(Generic[_T]):
         self._entry = kernel.address(_HOST_FUNCTION)
         self._landing = _hidden_ret(kernel)
         self._way_back = next(kernel.address(n) for n in _RETURNS if kernel.vmlinux.lookup(n))
+        self._waits = self._waited = False  # by a breakpoint of ours, for who makes the calls
         self._cpu: int | None = None
         self._saved: Registers | None = None
         self._stack = 0
@@ -106,21 +108,17 @@ class _Run(Generic[_T]):
         self._error: BaseException | None = None
 
     def run(self, cpu: int | None) -> _T:
-        inserted = cpu is None and self._insert(self._entry)
+        self._waits = self._waited = cpu is None and self._insert(self._entry)
         landing = self._insert(self._landing)
         try:
-            if cpu is not None and not self._start(cpu, self._target.read_registers(cpu)):
-                stop = None  # no call is to be made
-            else:
-                stop = self._target.run(self._on_stop, _CAPTURE_S)
-            if stop is None and self._cpu is not None and not self._finished:
-                self._target.run(self._on_stop, _CALL_S)
+            if cpu is None or self._start(cpu, self._target.read_registers(cpu)):
+                self._run_on()
         except Unsupported:  # the guest has not run
             if self._cpu is not None and not self._finished:
                 self._give_back(self._target.read_registers(self._cpu))
             raise
         finally:
-            if inserted:
+            if self._waits:
                 self._remove(self._entry)
             if landing:
                 self._remove(self._landing)
@@ -134,6 +132,17 @@ class _Run(Generic[_T]):
                 )
             raise TargetTimeout(f"a call in the guest did not return within {_CALL_S:g} s")
         return self._result[0]
+
+    def _run_on(self) -> None:
+        # A stop that is asked for meanwhile ends what this is part of, and not this.
+        deadline = time.monotonic() + _CAPTURE_S
+        while (left := deadline - time.monotonic()) > 0 and not self._finished:
+            captured = self._cpu is not None
+            stop = self._target.run(self._on_stop, left)
+            if stop is not None and not self._finished:
+                break
+            if self._cpu is not None and not captured:
+                deadline = time.monotonic() + _CALL_S
 
     @property
     def _finished(self) -> bool:
@@ -153,14 +162,19 @@ class _Run(Generic[_T]):
         if stop.reason is not StopReason.TRAP:
             return self._dispatch(stop)
         regs = self._target.read_registers(stop.cpu)
-        if regs.rip == self._entry and self._cpu is None:
-            self._remove(self._entry)
-            return self._start(stop.cpu, regs)
         if regs.rip == self._landing and stop.cpu == self._cpu:
             return self._advance(regs, regs.rax)
-        if regs.rip == self._entry:
+        if regs.rip != self._entry:
+            return self._dispatch(stop)
+        if self._waits:
+            self._waits = False
+            self._remove(self._entry)
+            return self._start(stop.cpu, regs)
+        if self._waited:
             return True  # reported a second time after its breakpoint was taken out
-        return self._dispatch(stop)
+        if not self._dispatch(stop):
+            return False
+        return self._cpu is not None or self._start(stop.cpu, self._target.read_registers(stop.cpu))
 
     def _start(self, cpu: int, regs: Registers) -> bool:
         self._cpu, self._saved = cpu, regs.copy()

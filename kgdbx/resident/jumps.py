@@ -53,6 +53,10 @@ class Jumps:
         """The place at an address, if it jumps to ours or is lifted."""
         return self._sites.get(address)
 
+    def is_lifted(self, address: int) -> bool:
+        """Whether a place is without its jump for now."""
+        return address in self._lifted
+
     def write(self, journal: Journal, sites: Mapping[int, Site], stubs: Mapping[int, int]) -> None:
         """Have places jump to their stubs, all or none.
 

@@ -59,8 +59,9 @@ class GeneralThread:
         finally:
             self.forget_registers()
             gone = not self._connection.alive or (stop and stop.reason is StopReason.EXITED)
-            if not gone and (stop is None or stop.cpu != here):
-                # gdb_set_stop_cpu() in gdbstub/gdbstub.c
+            # gdb_set_stop_cpu() in gdbstub/gdbstub.c: but not for a watchpoint.
+            selected = stop and stop.reason is not StopReason.WATCHPOINT and stop.cpu == here
+            if not gone and not selected:
                 self._connection.expect_ok(b"Hg" + self._connection.threads()[here])
         return stop
 

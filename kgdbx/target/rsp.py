@@ -250,7 +250,9 @@ class RspTarget(RunLoop):
     def _stopped(self, packet: bytes) -> Stop:
         self._running = False
         self._stop = stub.parse_stop(packet)
-        self._register_thread = self._stop.cpu  # gdb_set_stop_cpu() in gdbstub/gdbstub.c
+        # gdb_set_stop_cpu() in gdbstub/gdbstub.c: but not for a watchpoint.
+        selected = self._stop.reason is not StopReason.WATCHPOINT
+        self._register_thread = self._stop.cpu if selected else None
         return self._stop
 
     def close(self, *, resume: bool = True) -> None:

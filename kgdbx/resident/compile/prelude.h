@@ -584,7 +584,7 @@ static __always_inline int ring_bell(struct bell *bells, u64 *watched, struct re
 			return 0;
 		}
 		/* One of several vCPUs that stop at once may go unnoticed. */
-		if (!(++rounds & 0x3fff))
+		if (!(++rounds & 0x3ff))
 			*(volatile u64 *)watched = p->address;
 		__asm__ volatile("pause");
 	}

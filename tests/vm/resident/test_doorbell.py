@@ -1,6 +1,8 @@
 """Python handlers on busy functions: the same before, across and after the change of means."""
 
+import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,7 @@ from kgdbx.probes.event import Event
 from kgdbx.probes.jprobe import Jprobe
 from kgdbx.probes.kprobe import Kprobe
 from kgdbx.probes.kretprobe import Kretprobe
-from kgdbx.probes.probe import Hit
+from kgdbx.probes.probe import Hit, Probe
 from kgdbx.symbols.tasks import Task
 
 GuestOf = Callable[..., Any]
@@ -198,6 +200,55 @@ def test_resident_probes_at_the_same_place(guest: Any, first: str) -> None:
     assert guest.text() == before
 
 
+def test_busy_while_the_guest_makes_calls(guest_of: GuestOf) -> None:
+    # What is being placed is not disturbed: the breakpoint gives way later.
+    guest = guest_of(smp=4)
+    command = guest.vm.start("caller 4 100000000")
+    for turn in range(12):
+        probe = guest.session.register(Kprobe(CALL, lambda task: None))
+        (site,) = (s for s in guest.session.probes.sites if s.address == probe.points[0].address)
+        while not site.hits:
+            guest.session.run(timeout_s=0.01)
+        site.hits = BUSY - 1  # the next one is enough
+        started = time.monotonic()
+        guest.session.define(f"p vfs_read n={turn}", tier="resident")
+        assert time.monotonic() - started < 8
+        until = time.monotonic() + 30
+        while not rings(guest, probe):
+            assert time.monotonic() < until
+            guest.session.run(timeout_s=0.02)
+        probe.unregister()
+    command.discard()
+
+
+def test_a_probe_where_the_guest_is_taken_for_calls(guest: Any) -> None:
+    seen: list[int] = []
+    probe = guest.session.register(Kprobe("irq_enter_rcu", lambda hit: seen.append(hit.cpu)))
+    for n in range(3):
+        before = len(seen)
+        guest.session.define(f"p vfs_read n={n}", tier="resident")
+        guest.run("caller 1 3")
+        assert len(seen) > before + 1
+    assert probe.hits == len(seen) and not probe.nfaults
+
+
+def test_interrupted_while_a_handler_has_the_guest_make_calls(guest: Any) -> None:
+    placed: list[Probe] = []
+
+    def handler(p: Kprobe) -> None:
+        if p.hits == 3:
+            signal.raise_signal(signal.SIGINT)
+            placed.extend(guest.session.define("p vfs_read count", tier="resident"))
+
+    probe = guest.session.register(Kprobe(CALL, handler))
+    command = guest.vm.start("caller 1 100000000")
+    started = time.monotonic()
+    assert guest.session.run(timeout_s=60) is None
+    assert time.monotonic() - started < 30
+    assert [p.tier for p in placed] == ["resident"] and not probe.nfaults
+    command.discard()
+
+
 def test_unregistered_from_the_handler(guest_of: GuestOf) -> None:
     guest = guest_of(smp=4)
     before = guest.text()
@@ -356,5 +407,5 @@ def test_nobody_answers(guest: Any) -> None:
     guest.session.resident.doorbell.watch()
     hits = probe.hits
     guest.run("caller 1 31")
-    assert probe.hits == hits + 31
+    assert (probe.hits, probe.nmissed) == (hits + 31, 31)
     assert guest.run("caller 1 31").split()[0] == "31"

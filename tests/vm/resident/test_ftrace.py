@@ -1,5 +1,6 @@
 """The guest's own tracers and probes beside resident probes: ftrace finds what it expects."""
 
+from collections.abc import Callable
 from typing import Any
 
 from kgdbx.probes.kprobe import Kprobe
@@ -63,6 +64,36 @@ def test_ftrace_may_trace_where_a_doorbell_is(guest: Any) -> None:
     assert site.resume is None
     assert guest.run(f"{WORK}; {LINES}").split() == [str(CALLS)]
     assert probe.hits == len(tasks) == 100 + CALLS
+
+
+def test_no_hit_is_lost_where_ftrace_begins_to_trace(guest_of: Callable[..., Any]) -> None:
+    # Some wait at the doorbell, or are on their way to it, when the breakpoint takes its place.
+    guest = guest_of(smp=4)
+    guest.run(f"echo {FUNCTION} > {TRACE}/set_ftrace_filter")
+    for turn in range(4):
+        probe = guest.session.register(Kprobe(FUNCTION, lambda task: None, name=f"p{turn}"))
+        (site,) = (s for s in guest.session.probes.sites if s.address == probe.points[0].address)
+        command = guest.vm.start("caller 4 211")
+        while site.resume is None:
+            guest.session.run(timeout_s=0.1)
+        on = guest.vm.start(f"echo function > {TRACE}/current_tracer")
+        guest.session.run(command=on, timeout_s=60)
+        assert site.resume is None
+        guest.session.run(command=command, timeout_s=60)
+        assert command.wait(5).output.startswith("211 ")
+        assert (probe.hits, probe.nmissed, probe.nfaults) == (211, 0, 0)
+        probe.unregister()
+        guest.run(f"echo nop > {TRACE}/current_tracer")
+
+
+def test_a_probe_where_a_resident_one_is_lifted(guest: Any) -> None:
+    guest.session.define(f"p {FUNCTION}", tier="resident")
+    guest.run(
+        f"echo {FUNCTION} > {TRACE}/set_ftrace_filter; echo function > {TRACE}/current_tracer"
+    )
+    probe = guest.session.register(Kprobe(FUNCTION, lambda task: None))
+    guest.run("caller 2 101")
+    assert probe.hits == 101
 
 
 def test_calls_that_a_kretprobe_of_the_guests_own_has_taken_over(guest: Any) -> None:
