@@ -65,6 +65,9 @@ class RunLoop(Target):
             if on_stop is None or not on_stop(stop):
                 cpu = self._looked_at
                 return stop if cpu is None else dataclasses.replace(stop, cpu=cpu)
+            if self._stop_is_requested or time.monotonic() >= deadline:
+                self.forget_stop_request()  # it stands: the next stop may be as fast as we are
+                return None
 
     def _break_in(self, on_stop: Callable[[Stop], bool] | None) -> None:
         # A breakpoint may have been faster than our break-in: it counts as any other.

@@ -121,11 +121,21 @@ def test_a_breakpoint_of_the_user_right_behind_a_probe(attached: Attached) -> No
     gdb.execute(f"break *{attached.address + 5:#x}", to_string=True)
     users = next(b for b in gdb.breakpoints() if b.number > 0)
     command = attached.vm.start("caller 1 23")
+    stacks: list[int] = []  # the kernel places them at random in each call
+    reports = 0
     try:
-        for n in range(1, 6):
+        while len(stacks) < 5:
             stop = attached.target.run(attached.probes.on_stop, timeout_s=60)
             assert stop == Stop(0, StopReason.TRAP)
-            assert (probe.hits, users.hit_count) == (n, n)
+            reports += 1
+            assert users.hit_count == reports
+            stack = attached.target.read_registers(0).rsp
+            if stacks and (stack, probe.hits) == (stacks[-1], len(stacks)):
+                # The same call, to which a plain gdb comes back, too: QEMU has ended its step over
+                # the breakpoint before it was one (cpu_tb_exec() in accel/tcg/cpu-exec.c).
+                continue
+            stacks.append(stack)
+            assert probe.hits == len(stacks)
     finally:
         users.delete()
     end = time.monotonic() + DEADLINE_S

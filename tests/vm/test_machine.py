@@ -1,8 +1,11 @@
 """Launch, exec, clone and stop, with real VMs."""
 
+import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +62,7 @@ def test_execute(vm: Vm, command: str, status: int, output: str) -> None:
 
 
 def test_execute_has_a_deadline_and_kills(vm: Vm) -> None:
+    vm.execute("true")
     with pytest.raises(MachineError, match=r"'sleep 97' in VM .* has not ended after 0\.5 s"):
         vm.execute("sleep 97", timeout_s=0.5)
     gone = "ps | grep -q '[s]leep 97' || echo gone"
@@ -103,10 +107,11 @@ def test_clones_share_nothing(clone_of: CloneOf) -> None:
 
 
 def test_a_clone_is_quick(clone_of: CloneOf) -> None:
-    # 0.07 s and 0.2 s on two cores. On a busy host the best of several tells.
+    # 0.07 s and 0.2 s on two cores. On a busy host the best of many tells.
     clone_of().stop()
-    to_clone, to_answer = [], []
-    for _ in range(5):
+    to_clone, to_answer = [math.inf], [math.inf]
+    until = time.monotonic() + 60
+    while (min(to_clone) >= 1.0 or min(to_answer) >= 3.0) and time.monotonic() < until:
         start = time.monotonic()
         vm = clone_of()
         to_clone.append(time.monotonic() - start)
@@ -146,10 +151,11 @@ def test_launch_with_modules_files_and_shared_ram(tmp_path: Path) -> None:
 
 
 def test_qemu_refuses(tmp_path: Path) -> None:
-    before = set(ram_dir().iterdir())
+    ours = f"vm-{os.getpid()}-*"
+    before = set(ram_dir().glob(ours))
     with pytest.raises(MachineError, match="QEMU did not start: .*unable to find CPU model"):
         launch(configure("6.1", cpu_model="nonsense"))
-    assert set(ram_dir().iterdir()) == before
+    assert set(ram_dir().glob(ours)) == before
 
 
 def test_found_by_name_and_stopped(vm: Vm) -> None:
@@ -163,7 +169,10 @@ def test_found_by_name_and_stopped(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_owner_killed(vm: Vm, keep: bool) -> None:
+def test_owner_killed(vm: Vm, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests that clone remove what is stale, too.
+    private = tempfile.mkdtemp(dir="/tmp")  # a socket's path is short
+    monkeypatch.setenv("XDG_RUNTIME_DIR", private)
     name = f"owned-{os.getpid()}-{keep}"
     argv = [sys.executable, "-c", OWNER.replace("KEEP", str(keep)), name]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
@@ -181,3 +190,4 @@ def test_owner_killed(vm: Vm, keep: bool) -> None:
         assert name in remove_stale()
     assert not owned.info.directory.exists()
     assert vm.alive
+    shutil.rmtree(private)

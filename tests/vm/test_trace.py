@@ -128,7 +128,7 @@ def test_count_ends_the_run_exactly(vm: Vm) -> None:
 
 def test_interrupt_ends_it(vm: Vm) -> None:
     command = vm.start("caller 2 1000000000")
-    argv = [sys.executable, "-m", "kgdbx", "trace", "--vm", vm.name, FUNCTION]
+    argv = [sys.executable, "-m", "kgdbx", "trace", "--vm", vm.name, FUNCTION, "-b", "64K"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         while f"{FUNCTION}:" not in run.stdout.readline():  # losses may be told first

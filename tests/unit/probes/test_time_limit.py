@@ -59,8 +59,8 @@ def test_a_signal_just_before_a_system_call_is_not_the_only_one() -> None:
         start = time.monotonic()
         with pytest.raises(HandlerTimeout), time_limit(0.0002):
             module.spin(n * 4e-6)
-            time.sleep(2)
-        assert time.monotonic() - start < 1
+            time.sleep(20)
+        assert time.monotonic() - start < 10
 
 
 def test_what_calls_the_handler_does_not_count() -> None:

@@ -97,7 +97,7 @@ def test_a_noisy_line_is_read_until_two_replies_are_the_same(attach: Attach) -> 
 def test_a_line_that_never_agrees_is_an_error(attach: Attach) -> None:
     steps = [(M1, b"-"), *((M1, b"+" + framed(b"%04x" % n)) for n in range(10000))]
     with pytest.raises(ProtocolError, match="garbles"):
-        attach(steps, answer_s=0.5).read(b"m1000,2")
+        attach(steps, answer_s=1.5).read(b"m1000,2")
 
 
 def test_silence_is_an_error_in_its_time(attach: Attach) -> None:

@@ -172,6 +172,7 @@ def test_a_reader_that_stops_holds_up_nobody(make: Make, numbered: Numbered) -> 
             fifo.write_batch(records)
             slowest_s = max(slowest_s, time.monotonic() - begin)
             wait(lambda: fifo.deliveries()[1].sent + 60_000 >= fifo.deliveries()[1].offered)
+        wait(lambda: fifo.deliveries()[1].sent == fifo.deliveries()[1].offered)
         begin = time.monotonic()
         fifo.close(0.2)
         assert time.monotonic() - begin < 1.0

@@ -92,9 +92,10 @@ def test_a_break_over_telnet_stops_the_kernel(kgdb_vm: Vm, tmp_path: Path) -> No
     with connect(f"kgdb:{line}", vmlinux, sysrq=f"telnet:{console}") as session:
         (probe,) = session.define("p __x64_sys_getpgid+5")
         command = kgdb_vm.start("caller 1 7")
-        assert session.run(timeout_s=10) is None  # the time is up: a break ends it
+        session.run(command=command, timeout_s=60)
         assert probe.hits == 7
-    assert command.wait(60).output.startswith("7 ")
+        assert session.run(timeout_s=1) is None  # the time is up: a break ends it
+    assert command.wait(5).output.startswith("7 ")
     assert still_runs(kgdb_vm)
 
 

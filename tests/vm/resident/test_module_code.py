@@ -76,7 +76,6 @@ def test_what_cannot_be_compiled_for_a_module_stops_there(guest_of: GuestOf) -> 
 
 
 def test_records_outlive_a_panic(guest_of: GuestOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest_call, "_CAPTURE_S", 0.5)
     guest = guest_of()
     engine = guest.session.resident.engine
     engine.overwrite = True
@@ -100,4 +99,5 @@ def test_records_outlive_a_panic(guest_of: GuestOf, monkeypatch: pytest.MonkeyPa
     assert events[-1].fields["filename"] == "/proc/sysrq-trigger"
     assert engine.lost() == 3001 - len(calls)
     last.discard()
+    monkeypatch.setattr(guest_call, "_CAPTURE_S", 0.5)
     guest.session.close()  # no one is left there to take memory back
