@@ -105,7 +105,11 @@ class Promotion:
                 site.unpromoted = str(e)
             return
         for site, resume in made.items():
-            site.promote(doorbell, resume, only_looks=only_looks)
+            if doorbell.is_lifted(site.address):
+                doorbell.remove(site.address)
+                site.unpromoted = _TRACED
+            else:
+                site.promote(doorbell, resume, only_looks=only_looks)
 
     def demote(self, addresses: Container[int]) -> None:
         """Put breakpoints in the place of doorbells.

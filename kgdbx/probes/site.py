@@ -73,6 +73,9 @@ class Doorbell(Protocol):
     def place(self, address: int) -> int:
         """Where the jump is that is there for an address."""
 
+    def is_lifted(self, address: int) -> bool:
+        """Whether what was inserted is not in the guest for now."""
+
     def is_shared(self, address: int) -> bool:
         """Whether code that is in the guest for others sees the hit after it."""
 

@@ -73,8 +73,12 @@ class Sites:
         if self.handling is not None:
             return
         while self._stale:
-            self._stale[-1].remove()
-            self._stale.pop()
+            site = self._stale.pop()  # the guest may run on meanwhile, and come here
+            try:
+                site.remove()
+            except BaseException:
+                self._stale.append(site)
+                raise
 
     # Returns
 

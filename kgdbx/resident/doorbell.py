@@ -111,7 +111,9 @@ class Doorbell:
                 continue
             self.gave_up = self.gave_up or bell.gave_up
             address = self._places[bell.address]
-            if address not in self._programs:
+            if address not in self._programs and engine.rings(bell.address):
+                engine.answer(bell.cpu)  # being taken out: it would come here again
+            elif address not in self._programs:
                 self._send_back(bell, address)
             else:
                 bell.regs.rip = address
@@ -150,6 +152,10 @@ class Doorbell:
             self._engine.answer(cpu, regs, leaves=leaves)
         else:
             self._engine.answer(cpu)
+
+    def is_lifted(self, address: int) -> bool:
+        """Whether the guest's own ftrace is where it rings, and there is no jump."""
+        return self._engine.is_lifted(self._programs[address].displacement)
 
     def is_shared(self, address: int) -> bool:
         """Whether there is more than one probe of ours in the guest where it rings."""

@@ -122,6 +122,11 @@ class Engine:
         """Whether the guest's own ftrace is at a place, and our probes there wait."""
         return self._jumps.is_lifted(displacement.address)
 
+    def rings(self, address: int) -> bool:
+        """Whether the jump at an address leads to code that waits for the host."""
+        site = self._jumps.site(address)
+        return site is not None and any(program.kind == "bell" for program in site.programs)
+
     def is_shared(self, displacement: Displacement) -> bool:
         """Whether there are several probes of ours at a place."""
         site = self._jumps.site(displacement.address)

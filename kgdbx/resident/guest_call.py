@@ -135,7 +135,7 @@ class _Run(Generic[_T]):
 
     def _run_on(self) -> None:
         # A stop that is asked for meanwhile ends what this is part of, and not this.
-        deadline = time.monotonic() + _CAPTURE_S
+        deadline = time.monotonic() + (_CAPTURE_S if self._cpu is None else _CALL_S)
         while (left := deadline - time.monotonic()) > 0 and not self._finished:
             captured = self._cpu is not None
             stop = self._target.run(self._on_stop, left)

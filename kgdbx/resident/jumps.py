@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from kgdbx.errors import ProbeError
 from kgdbx.resident.build import jump
 from kgdbx.resident.journal import Journal, Patch
 from kgdbx.resident.place.displace import Displacement, displace
@@ -68,6 +69,9 @@ class Jumps:
         self._quiescence.wait_until_free(new)
         patches: list[Patch] = []
         for address, site in sites.items():
+            is_nop = site.displacement.is_ftrace_nop and address not in self._sites
+            if is_nop and self._kernel.read_code(address, _JUMP_BYTES) != FTRACE_NOP:
+                raise ProbeError(f"the kernel has just patched its code at {address:#x}")
             site.jump = jump(address, stubs[address])
             if address in self._lifted:
                 continue

@@ -81,6 +81,8 @@ class KgdbConnection:
         self._unacknowledged = False
         self._dirty = False  # something may be on the way that answers nothing any more
         self._late_stop: bytes | None = None
+        self._started = b""  # the last command that lets the kernel run
+        self._asked = 0  # questions whether it waits for commands since the line was clean
         self._poll = select.poll()
         self._poll.register(line, select.POLLIN)
         self._poll.register(self.wake, select.POLLIN)
@@ -147,6 +149,7 @@ class KgdbConnection:
         :raises TargetTimeout: if KGDB does not take it
         """
         deadline = time.monotonic() + self._answer_s
+        self._started = payload
         while True:
             if self._dirty:
                 self._catch_up()
@@ -187,6 +190,13 @@ class KgdbConnection:
                 if re.match(rb"[ST][0-9a-f]{2}", packet):
                     return packet
                 self.acknowledge()  # console output, or the answer to a question of ours
+                if _is_alive(packet):
+                    # It stands: its stop was damaged, or it was slow, and has never run.
+                    self._note_error()
+                    stop = self._lost_stop() if damaged else self.start(self._started)
+                    if stop is not None:
+                        return stop
+                    damaged = False
             elif kind == b"!":
                 self._note_error()
                 self._ask_again()
@@ -265,7 +275,7 @@ class KgdbConnection:
         # that, is no answer to what was sent before.
         deadline = time.monotonic() + self._answer_s
         while time.monotonic() < deadline:
-            self._send(_ALIVE)
+            self._ask()
             errors, kinds = self.errors, []
             kind, packet = self._token(self._retry_end(deadline))
             while kind != b"" and not _is_alive(packet):
@@ -276,9 +286,12 @@ class KgdbConnection:
                 kind, packet = self._token(self._retry_end(deadline))
             self._unacknowledged = kind != b""
             if kind == b"$" and kinds == [_ACK] and self.errors == errors:
-                self._dirty = False
-                return
-            self._note_error()
+                if self._asked == 1:
+                    self._dirty, self._asked = False, 0
+                    return
+                self._asked = 0  # it may be the answer to an earlier one, and this one refused
+            else:
+                self._note_error()
         raise TargetTimeout(f"KGDB does not answer as it should over {self.line.address}")
 
     def _still_stopped(self, deadline: float, *, damaged: bool) -> bool:
@@ -290,29 +303,40 @@ class KgdbConnection:
             return True  # nothing else of ours can be what it refuses
         # It says '-' to a question that it takes for the rest of the command. That is also how it
         # forgets a stop that it has told: then this, or what there is of it, came before.
-        first = not (came or damaged)
-        self._send(_ALIVE)
+        whole = b"".join(match[0] for match in tokens if match[1] is not None)
+        first = whole == came and b"$T" not in whole and not damaged  # or older replies, again
+        self._ask()
         while True:
             errors = self.errors
             kind, packet = self._token(self._retry_end(deadline))
             first = first and self.errors == errors
             if kind == _NAK and first:
+                self._dirty = True  # it may be a late refusal, and the question still be answered
                 return True
             if kind == _NAK:
-                if self._late_stop is None:
-                    self._late_stop = self._lost_stop()
-                return False
+                break
             if kind == b"$" and packet[:1] == b"T":
                 self._late_stop = packet
             elif kind == b"$" and packet.startswith(b"QC"):
                 self._unacknowledged = True
+                self._asked = 0
                 return self._late_stop is None
             elif kind == b"!" or (kind == b"" and self._buffer):
                 self._note_error()
                 self._ask_again()
+                damaged = True
             if kind == b"" and (not self._buffer or time.monotonic() >= deadline):
+                if damaged:
+                    break
                 return False
             first = False
+        if self._late_stop is None:
+            self._late_stop = self._lost_stop()
+        return False
+
+    def _ask(self) -> None:
+        self._asked += 1
+        self._send(_ALIVE)
 
     def _lost_stop(self) -> bytes | None:
         # The stop that KGDB has told, and forgotten; None if it does not listen, because the kernel

@@ -14,6 +14,7 @@ from kgdbx.target.kgdb_packets import KgdbConnection
 from kgdbx.target.serial_line import SerialLine
 
 ANSWER_S = 3.0
+Step = tuple[bytes, bytes] | tuple[bytes, bytes, float]
 Attach = Callable[..., KgdbConnection]
 
 
@@ -22,9 +23,9 @@ def framed(payload: bytes) -> bytes:
 
 
 class Script:
-    """Waits for bytes, then says bytes, in order."""
+    """Waits for bytes, then says bytes, after a pause or at once, in order."""
 
-    def __init__(self, path: Path, steps: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, path: Path, steps: list[Step]) -> None:
         self.seen = b""
         self._steps = steps
         self._listener = socket.socket(socket.AF_UNIX)
@@ -39,11 +40,12 @@ class Script:
         with stream, contextlib.suppress(OSError):
             stream.settimeout(0.02)
             since = 0
-            for wanted, answer in self._steps:
+            for wanted, answer, *pauses_s in self._steps:
                 while wanted not in self.seen[since:] and not self._ended.is_set():
                     with contextlib.suppress(TimeoutError):
                         self.seen += stream.recv(4096)
                 since = self.seen.find(wanted, since) + len(wanted)
+                time.sleep(sum(pauses_s))
                 stream.sendall(answer)
             self._ended.wait(30)
 
@@ -58,7 +60,7 @@ class Script:
 def attach(tmp_path: Path) -> Iterator[Attach]:
     with contextlib.ExitStack() as stack:
 
-        def make(steps: list[tuple[bytes, bytes]], answer_s: float = ANSWER_S) -> KgdbConnection:
+        def make(steps: list[Step], answer_s: float = ANSWER_S) -> KgdbConnection:
             script = Script(tmp_path / "line.sock", steps)
             stack.callback(script.close)
             line = SerialLine(str(tmp_path / "line.sock"), 5.0)
@@ -122,16 +124,47 @@ def test_a_resume_that_was_lost_is_sent_again(attach: Attach) -> None:
 
 def test_a_resume_whose_rest_was_lost_is_sent_again(attach: Attach) -> None:
     # KGDB takes the question for the rest of it.
-    c = framed(b"c")
-    assert attach([(c, b""), (framed(b"qC"), b"-"), (c, b"+")]).start(b"c") is None
+    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
+    assert (
+        attach([(c, b""), (alive, b"-"), (alive, told), (alive, told), (c, b"+")]).start(b"c")
+        is None
+    )
+
+
+def test_a_refusal_that_comes_late_and_the_answer_behind_it(attach: Attach) -> None:
+    # KGDB was slow: the question is answered, too, and that is no acknowledgment of the resume.
+    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
+    steps = [(c, b""), (alive, b"-"), (alive, told + b"-"), (alive, told), (c, b"+"), (c, b"+")]
+    connection = attach(steps)
+    assert connection.start(b"c") is None
+    assert connection.receive_stop(time.monotonic() + 0.5) is None
+
+
+def test_a_kernel_that_answers_instead_of_running_is_sent_on(attach: Attach) -> None:
+    # The resume was lost, and KGDB slower than we wait for its answer to the question.
+    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
+    stop = b"T05thread:01;"
+    steps = [(c, b""), (alive, told, 1.0), (alive, told), (alive, told), (c, b"+" + framed(stop))]
+    connection = attach(steps)
+    assert connection.start(b"c") is None
+    assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
+
+
+def test_a_damaged_stop_with_a_refusal_behind_it(attach: Attach) -> None:
+    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
+    stop = b"T05thread:01;"
+    damaged = framed(stop)[:-1] + b"0"
+    steps = [(c, b""), (alive, b"+" + damaged + b"-"), (b"-", b""), (alive, told)]
+    connection = attach(steps)
+    assert connection.start(b"c") == stop
 
 
 def test_a_late_refusal_is_not_that_of_a_resume(attach: Attach) -> None:
     # KGDB takes longer than we wait, and refuses the same command when it comes again.
     c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
     ok = b"+" + framed(b"OK")
-    steps = [(M1, b""), (M1, ok), (alive, b"-" + told), (alive, told), (c, b"+"), (c, b"twice")]
-    connection = attach(steps)
+    steps = [(M1, b""), (M1, ok), (alive, b"-" + told), (alive, told), (alive, told)]
+    connection = attach([*steps, (c, b"+"), (c, b"twice")])
     assert connection.exchange(b"m1000,2") == (b"OK", True)
     assert connection.start(b"c") is None
     assert connection.receive_stop(time.monotonic() + 0.5) is None
