@@ -184,30 +184,32 @@ class KgdbConnection:
         end = math.inf if deadline is None else deadline
         damaged = False
         while True:
+            errors = self.errors
             kind, packet = self._stop_token(self._retry_end(end) if damaged else deadline)
+            damaged = damaged or self.errors != errors
+            stands = False
             if kind == b"$":
                 self._unacknowledged = True
                 if re.match(rb"[ST][0-9a-f]{2}", packet):
                     return packet
                 self.acknowledge()  # console output, or the answer to a question of ours
-                if _is_alive(packet):
-                    # It stands: its stop was damaged, or it was slow, and has never run.
-                    self._note_error()
-                    stop = self._lost_stop() if damaged else self.start(self._started)
-                    if stop is not None:
-                        return stop
-                    damaged = False
+                stands = _is_alive(packet)
             elif kind == b"!":
                 self._note_error()
                 self._ask_again()
                 damaged = True
             elif kind == b"" and (not damaged or self.wake.is_set):
                 return None
-            elif kind != _ACK:
-                damaged = False
-                stop = self._lost_stop()
+            else:
+                stands = kind != _ACK  # it refuses what we ask, or part of it
+            if stands:
+                # Its stop was damaged; or it was slow, and has never run.
+                self._note_error()
+                was_told = damaged or not self._started
+                stop = self._lost_stop() if was_told else self.start(self._started)
                 if stop is not None:
                     return stop
+                damaged = False
 
     def acknowledge(self) -> None:
         """Acknowledge the last packet now, and not with the next command."""

@@ -150,6 +150,15 @@ def test_a_kernel_that_answers_instead_of_running_is_sent_on(attach: Attach) -> 
     assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
 
 
+def test_a_refusal_that_comes_after_we_have_waited_for_it(attach: Attach) -> None:
+    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
+    stop = b"T05thread:01;"
+    steps = [(c, b""), (alive, b"-", 1.0), (alive, told), (alive, told), (c, b"+" + framed(stop))]
+    connection = attach(steps)
+    assert connection.start(b"c") is None
+    assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
+
+
 def test_a_damaged_stop_with_a_refusal_behind_it(attach: Attach) -> None:
     c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
     stop = b"T05thread:01;"
