@@ -140,20 +140,12 @@ def test_a_refusal_that_comes_late_and_the_answer_behind_it(attach: Attach) -> N
     assert connection.receive_stop(time.monotonic() + 0.5) is None
 
 
-def test_a_kernel_that_answers_instead_of_running_is_sent_on(attach: Attach) -> None:
-    # The resume was lost, and KGDB slower than we wait for its answer to the question.
+@pytest.mark.parametrize("late", [b"+" + framed(b"QC01"), b"-"], ids=["answer", "refusal"])
+def test_a_kernel_that_has_never_run_is_sent_on(attach: Attach, late: bytes) -> None:
+    # The resume was lost, or its end, and KGDB slower than we wait for what it says to that.
     c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
     stop = b"T05thread:01;"
-    steps = [(c, b""), (alive, told, 1.0), (alive, told), (alive, told), (c, b"+" + framed(stop))]
-    connection = attach(steps)
-    assert connection.start(b"c") is None
-    assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
-
-
-def test_a_refusal_that_comes_after_we_have_waited_for_it(attach: Attach) -> None:
-    c, alive, told = framed(b"c"), framed(b"qC"), b"+" + framed(b"QC01")
-    stop = b"T05thread:01;"
-    steps = [(c, b""), (alive, b"-", 1.0), (alive, told), (alive, told), (c, b"+" + framed(stop))]
+    steps = [(c, b""), (alive, late, 1.0), (alive, told), (alive, told), (c, b"+" + framed(stop))]
     connection = attach(steps)
     assert connection.start(b"c") is None
     assert connection.receive_stop(time.monotonic() + ANSWER_S) == stop
